@@ -1,0 +1,1 @@
+#include "scheduler/block_pool.h"
