@@ -101,7 +101,7 @@ def check_layer(
     soft_cap: float | None,
     sinks: Tensor | None,
 ) -> None:
-    """Refuse what does not fit; every layer of every step pays for this, so it is one expression."""
+    """Refuse what does not fit; one expression, as every layer of every step pays for it."""
     num_tokens, num_heads, key_size = query.shape if query.dim() == 3 else (-1, -1, -1)
     key_shape, value_shape, dtype = key_pool.shape, value_pool.shape, query.dtype
     if (
