@@ -1,1 +1,283 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "scheduler/scheduler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+#include <utility>
+
+#include "scheduler/errors.h"
+
+namespace ivg {
+
+namespace {
+
+// A request's W*K and T are bounded so that no product of theirs overflows and no plan is absurdly
+// large.
+constexpr int32_t kMaxTokens = 1 << 24;
+
+void require(bool ok, const char* parameter, long long value, const std::string& requirement) {
+  if (!ok) throw InvalidParameter(parameter, value, requirement);
+}
+
+}  // namespace
+
+Scheduler::Scheduler(const SchedulerConfig& config) : config_(config), blocks_(config.num_blocks) {
+  require(config.num_roles >= 1 && config.num_roles <= 32, "num_roles", config.num_roles,
+          "must be in [1, 32]");
+  require(config.max_num_rows >= 1, "max_num_rows", config.max_num_rows, "must be at least 1");
+  require(config.max_burst_steps >= 1, "max_burst_steps", config.max_burst_steps,
+          "must be at least 1");
+  require(config.max_join_steps >= -1, "max_join_steps", config.max_join_steps,
+          "must be at least -1");
+  require(config.max_queued_requests >= -1, "max_queued_requests", config.max_queued_requests,
+          "must be at least -1");
+}
+
+void Scheduler::validate(const RequestSpec& spec) const {
+  require(static_cast<int32_t>(spec.prompt_lens.size()) == config_.num_roles, "prompt_lens",
+          static_cast<long long>(spec.prompt_lens.size()), "must have one entry a role");
+  for (int32_t role = 0; role < config_.num_roles; ++role) {
+    const int32_t length = spec.prompt_lens[role];
+    require(length >= 0 && length <= kMaxTokens, "prompt_lens", length, "must be in [0, 2^24]");
+    const bool is_used = ((spec.step_roles | spec.settle_roles) >> role) & 1u;
+    require(length > 0 || !is_used, "prompt_lens", length,
+            "must be positive for a role that takes part");
+  }
+  require(spec.step_roles & 1u, "step_roles", spec.step_roles, "must contain role 0, the base");
+  require(((static_cast<uint64_t>(spec.step_roles) | spec.settle_roles) >> config_.num_roles) == 0,
+          "step_roles", spec.step_roles, "must name existing roles");
+  require(spec.beam_width >= 1 && spec.beam_width <= kMaxTokens, "beam_width", spec.beam_width,
+          "must be in [1, 2^24]");
+  require(spec.num_candidates >= 1 && spec.num_candidates <= kMaxTokens / spec.beam_width,
+          "num_candidates", spec.num_candidates,
+          "must be at least 1 and beam_width * num_candidates at most 2^24");
+  require(spec.chunk_length >= 0, "chunk_length", spec.chunk_length,
+          "must be positive, or 0 for none");
+  require(spec.max_tokens >= 1 && spec.max_tokens <= kMaxTokens, "max_tokens", spec.max_tokens,
+          "must be in [1, 2^24]");
+  require(spec.num_outputs >= 1 && spec.num_outputs <= spec.pool_size(), "num_outputs",
+          spec.num_outputs, "must be in [1, beam_width * num_candidates]");
+  require(spec.guidance >= 0, "guidance", spec.guidance, "must not be negative");
+  if (spec.pool_size() > config_.max_num_rows) {
+    throw CapacityExceeded(
+        "the request needs beam_width * num_candidates = " + std::to_string(spec.pool_size()) +
+        " rows, max_num_rows is " + std::to_string(config_.max_num_rows));
+  }
+  if (spec.worst_case_blocks() > config_.num_blocks) {
+    throw CapacityExceeded("the request can need " + std::to_string(spec.worst_case_blocks()) +
+                           " KV blocks of " + std::to_string(kBlockSize) +
+                           " tokens, the pool has " + std::to_string(config_.num_blocks));
+  }
+}
+
+int64_t Scheduler::add_request(RequestSpec spec) {
+  validate(spec);
+  // One candidate has nothing to be selected from: chunks could not change its tokens, only cost
+  // scores.
+  if (spec.pool_size() == 1) spec.chunk_length = 0;
+  if (config_.max_queued_requests >= 0 &&
+      static_cast<int32_t>(waiting_.size()) >= config_.max_queued_requests) {
+    throw QueueFull(std::to_string(waiting_.size()) + " requests wait, max_queued_requests is " +
+                    std::to_string(config_.max_queued_requests));
+  }
+  waiting_.push_back(std::make_unique<Request>(next_id_, std::move(spec), &blocks_));
+  live_[next_id_] = waiting_.back().get();
+  return next_id_++;
+}
+
+Scheduler::Request& Scheduler::find(int64_t request_id) {
+  const auto it = live_.find(request_id);
+  require(it != live_.end(), "request_id", request_id, "must be a live request");
+  return *it->second;
+}
+
+bool Scheduler::abort(int64_t request_id, Finish reason) {
+  require(reason == Finish::kAbort || reason == Finish::kDeadline, "reason",
+          static_cast<int>(reason), "must be kAbort or kDeadline");
+  const auto it = live_.find(request_id);
+  if (it == live_.end()) {
+    require(request_id >= 0 && request_id < next_id_, "request_id", request_id,
+            "must have been given out");
+    return false;
+  }
+  Request* request = it->second;
+  if (request->is_in_flight) {
+    // The device may still write the request's blocks: they must not be given away before the
+    // commit.
+    if (request->abort_reason == Finish::kNone) request->abort_reason = reason;
+  } else {
+    request->search.finalize(reason);
+    finish(request);
+  }
+  return true;
+}
+
+// Moves a request whose search is over out of the books; its result stays until it is taken.
+void Scheduler::finish(Request* request) {
+  Search& search = request->search;
+  IVG_CHECK(search.num_blocks_held == 0);
+  const int64_t id = request->id;
+  results_[id] = {std::move(search.pool), search.num_selections, search.num_blocks_copied,
+                  search.peak_blocks};
+  finished_.push_back(id);
+  live_.erase(id);
+  const auto is_it = [&](const std::unique_ptr<Request>& r) { return r.get() == request; };
+  if (request->state == State::kWaiting) {
+    waiting_.erase(std::find_if(waiting_.begin(), waiting_.end(), is_it));
+    return;
+  }
+  reserved_blocks_ -= search.spec.worst_case_blocks();
+  reserved_rows_ -= search.spec.pool_size();
+  running_.erase(std::find_if(running_.begin(), running_.end(), is_it));
+}
+
+std::vector<int64_t> Scheduler::take_finished() { return std::exchange(finished_, {}); }
+
+SearchResult Scheduler::take_result(int64_t request_id) {
+  const auto it = results_.find(request_id);
+  require(it != results_.end(), "request_id", request_id, "must have ended and not been taken");
+  SearchResult result = std::move(it->second);
+  results_.erase(it);
+  return result;
+}
+
+// First come first served: nobody overtakes the head of the queue, so nobody starves. The worst
+// case is reserved, so an admitted request never runs out of blocks.
+void Scheduler::admit() {
+  while (!waiting_.empty()) {
+    Request* request = waiting_.front().get();
+    const RequestSpec& spec = request->search.spec;
+    if (reserved_blocks_ + spec.worst_case_blocks() > config_.num_blocks ||
+        reserved_rows_ + spec.pool_size() > config_.max_num_rows) {
+      return;
+    }
+    reserved_blocks_ += spec.worst_case_blocks();
+    reserved_rows_ += spec.pool_size();
+    request->search.allocate_prompt();
+    request->state = State::kReady;
+    running_.push_back(std::move(waiting_.front()));
+    waiting_.pop_front();
+  }
+}
+
+void Scheduler::commit_tokens(const CommittedTokens& committed) {
+  if (!is_in_flight_) throw InvalidState("commit_tokens() without a burst in flight");
+  const auto num_samples = static_cast<int32_t>(plan_.sample_request.size());
+  require(committed.num_samples == num_samples, "num_samples", committed.num_samples,
+          "must be the plan's " + std::to_string(num_samples));
+  require(committed.num_steps >= 0 && committed.num_steps <= plan_.num_steps, "num_steps",
+          committed.num_steps, "must be in [0, " + std::to_string(plan_.num_steps) + "]");
+  // All of it is checked before any of it is taken.
+  for (int32_t b = 0; b < num_samples; ++b) {
+    const auto finish = static_cast<Finish>(committed.finish[b]);
+    const int32_t num_tokens = committed.num_tokens[b];
+    const bool is_stopped = finish == Finish::kStop || finish == Finish::kStopText;
+    require(is_stopped || finish == Finish::kNone, "finish", committed.finish[b],
+            "must be kNone, kStop or kStopText");
+    const bool is_aborted =
+        find(plan_.request_ids[plan_.sample_request[b]]).abort_reason != Finish::kNone;
+    const int32_t planned = plan_.sample_steps[b];
+    require(num_tokens <= std::min(planned, committed.num_steps) &&
+                (is_stopped   ? num_tokens >= 1
+                 : is_aborted ? num_tokens >= 0
+                              : num_tokens == planned),
+            "num_tokens", num_tokens,
+            "must be the planned " + std::to_string(planned) +
+                ", or fewer where the sample has finished");
+  }
+  is_in_flight_ = false;
+  int32_t sample = 0;
+  for (size_t i = 0; i < plan_.request_ids.size(); ++i) {
+    Request& request = find(plan_.request_ids[i]);
+    request.is_in_flight = false;
+    append(&request, committed, sample);
+    sample += plan_.num_samples[i];
+    if (request.abort_reason != Finish::kNone) {
+      request.search.finalize(request.abort_reason);
+      finish(&request);
+    } else if (request.search.is_at_boundary()) {
+      reach_boundary(&request);
+    }
+  }
+}
+
+void Scheduler::append(Request* request, const CommittedTokens& c, int32_t sample) {
+  Search& search = request->search;
+  const int32_t num_steps = std::min(plan_.num_steps, search.spec.max_tokens - search.length());
+  for (Candidate& candidate : search.pool) {
+    if (candidate.is_finished()) continue;
+    for (int32_t step = 0; step < c.num_tokens[sample]; ++step) {
+      const int64_t at = int64_t{step} * c.num_samples + sample;
+      candidate.recent.push_back(
+          {c.tokens[at], c.logprobs[at], c.base_logprobs[at], c.rewards[at]});
+      candidate.reward += c.rewards[at];
+    }
+    candidate.length += c.num_tokens[sample];
+    candidate.finish = static_cast<Finish>(c.finish[sample]);
+    candidate.stop_index = c.stop_index[sample];
+    if (!candidate.is_finished() && candidate.length == search.spec.max_tokens) {
+      candidate.finish = Finish::kLength;
+    }
+    ++sample;
+  }
+  search.chunk_step += num_steps;
+}
+
+void Scheduler::reach_boundary(Request* request) {
+  Search& search = request->search;
+  if (search.spec.has_scorer) {
+    request->state = State::kScoring;
+    request->is_handed_out = false;
+  } else if (search.select()) {
+    finish(request);
+  } else {
+    request->state = State::kReady;
+  }
+}
+
+bool Scheduler::commit_scores(int64_t request_id, const double* scores, int32_t num_scores,
+                              const float* rewards, int32_t rewards_stride) {
+  const auto it = live_.find(request_id);
+  if (it == live_.end()) return false;
+  Request* request = it->second;
+  if (request->state != State::kScoring || !request->is_handed_out) {
+    throw InvalidState("commit_scores() for a request that is not being scored");
+  }
+  std::vector<Candidate*> unscored;
+  for (Candidate& candidate : request->search.pool) {
+    if (!candidate.is_scored) unscored.push_back(&candidate);
+  }
+  require(num_scores == static_cast<int32_t>(unscored.size()), "num_scores", num_scores,
+          "must be the score plan's " + std::to_string(unscored.size()));
+  for (int32_t i = 0; i < num_scores; ++i) {
+    require(std::isfinite(scores[i]), "scores", i, "must be finite at every index");
+    require(rewards == nullptr || static_cast<size_t>(rewards_stride) >= unscored[i]->recent.size(),
+            "rewards", rewards_stride, "must have a column for every new token");
+  }
+  for (int32_t i = 0; i < num_scores; ++i) {
+    Candidate* candidate = unscored[i];
+    candidate->score = scores[i];
+    candidate->is_scored = true;
+    if (rewards == nullptr) continue;
+    for (size_t t = 0; t < candidate->recent.size(); ++t) {
+      const float reward = rewards[int64_t{i} * rewards_stride + static_cast<int64_t>(t)];
+      candidate->reward += static_cast<double>(reward) - candidate->recent[t].reward;
+      candidate->recent[t].reward = reward;
+    }
+  }
+  if (request->search.select()) {
+    finish(request);
+  } else {
+    request->state = State::kReady;
+  }
+  return true;
+}
+
+SchedulerStats Scheduler::stats() const {
+  return {static_cast<int32_t>(waiting_.size()), static_cast<int32_t>(running_.size()),
+          blocks_.num_blocks(), blocks_.num_used(), reserved_rows_};
+}
+
+}  // namespace ivg

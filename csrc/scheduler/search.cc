@@ -1,1 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "scheduler/search.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "scheduler/errors.h"
+
+namespace ivg {
+
+Segment::~Segment() {
+  std::shared_ptr<const Segment> next = std::move(parent);
+  while (next && next.use_count() == 1) {
+    // Sole owner: nobody else can read it, so its parent may be taken before it goes.
+    next = std::move(next->parent);
+  }
+}
+
+std::vector<TokenRecord> Candidate::history() const {
+  std::vector<TokenRecord> records(length);
+  auto end = records.end();
+  end = std::copy_backward(recent.begin(), recent.end(), end);
+  for (const Segment* segment = past.get(); segment; segment = segment->parent.get()) {
+    end = std::copy_backward(segment->records.begin(), segment->records.end(), end);
+  }
+  IVG_CHECK(end == records.begin());
+  return records;
+}
+
+int32_t RequestSpec::prompt_blocks() const {
+  return blocks_for(*std::max_element(prompt_lens.begin(), prompt_lens.end()));
+}
+
+int64_t RequestSpec::worst_case_blocks() const {
+  const int64_t rows = pool_size();
+  if (chunk_length == 0) return prompt_blocks() + rows * blocks_for(max_tokens);
+  // A child owns its copy of the partly filled block (up to 15 tokens) and the chunk behind it.
+  return prompt_blocks() + int64_t{beam_width} * blocks_for(max_tokens) +
+         rows * blocks_for(int64_t{kBlockSize} - 1 + chunk_length);
+}
+
+Search::Search(RequestSpec spec, BlockPool* blocks) : spec(std::move(spec)), blocks_(blocks) {}
+
+int32_t Search::steps_to_boundary() const {
+  const int32_t to_limit = spec.max_tokens - length();
+  if (spec.chunk_length == 0) return to_limit;
+  return std::min(spec.chunk_length - chunk_step, to_limit);
+}
+
+bool Search::is_at_boundary() const {
+  return steps_to_boundary() == 0 ||
+         std::all_of(pool.begin(), pool.end(), [](const Candidate& c) { return c.is_finished(); });
+}
+
+void Search::allocate_prompt() {
+  for (int32_t i = 0; i < spec.prompt_blocks(); ++i) prompt_table.push_back(blocks_->allocate());
+  num_blocks_held = peak_blocks = spec.prompt_blocks();
+}
+
+void Search::branch_prompt() {
+  pool.resize(spec.pool_size());
+  for (int32_t id = 0; id < spec.pool_size(); ++id) pool[id].id = id;
+}
+
+void Search::fork(std::vector<BlockCopy>* copies) {
+  const int32_t W = spec.beam_width;
+  const int32_t K = spec.num_candidates;
+  const size_t copies_before = copies->size();
+  for (Candidate& survivor : survivors) {
+    if (survivor.recent.empty()) continue;  // a clone that has survived again
+    survivor.past =
+        std::make_shared<const Segment>(std::move(survivor.past), std::move(survivor.recent));
+    survivor.recent.clear();
+  }
+  pool.clear();
+  pool.reserve(spec.pool_size());
+  for (int32_t c = 0; c < K; ++c) {
+    for (int32_t r = 0; r < static_cast<int32_t>(survivors.size()); ++r) {
+      Candidate& survivor = survivors[r];
+      if (c > 0 && spec.dedup_finished && survivor.is_finished()) continue;
+      Candidate child;
+      child.id = c * W + r;
+      child.finish = survivor.finish;
+      child.stop_index = survivor.stop_index;
+      child.length = survivor.length;
+      child.past = survivor.past;
+      child.reward = survivor.reward;
+      child.score = survivor.score;
+      child.is_scored = survivor.is_finished();
+      // The last child takes the survivor's own table over, its partly filled block included.
+      child.blocks = c + 1 < K ? blocks_->fork(survivor.blocks,
+                                               survivor.length * !survivor.is_finished(), copies)
+                               : std::move(survivor.blocks);
+      pool.push_back(std::move(child));
+    }
+  }
+  survivors.clear();
+  const int32_t num_copied = static_cast<int32_t>(copies->size() - copies_before);
+  num_blocks_copied += num_copied;
+  num_blocks_held += num_copied;
+  peak_blocks = std::max(peak_blocks, num_blocks_held);
+  chunk_start = length();
+  chunk_step = 0;
+}
+
+void Search::reserve_tokens(Candidate* candidate, int32_t num_tokens) {
+  const size_t needed = blocks_for(candidate->length + num_tokens);
+  while (candidate->blocks.size() < needed) {
+    candidate->blocks.push_back(blocks_->allocate());
+    ++num_blocks_held;
+  }
+  peak_blocks = std::max(peak_blocks, num_blocks_held);
+}
+
+namespace {
+
+// Candidates are moved with care: sorting pointers is several times cheaper than sorting the rows
+// themselves.
+void move_in_order(const std::vector<Candidate*>& order, std::vector<Candidate>* out) {
+  std::vector<Candidate> moved;
+  moved.reserve(order.size());
+  for (Candidate* candidate : order) moved.push_back(std::move(*candidate));
+  out->swap(moved);
+}
+
+bool is_better(const Candidate* a, const Candidate* b) {
+  return a->score != b->score ? a->score > b->score : a->id < b->id;
+}
+
+}  // namespace
+
+bool Search::select() {
+  ++num_selections;
+  std::vector<Candidate*> order;
+  order.reserve(pool.size());
+  for (Candidate& candidate : pool) order.push_back(&candidate);
+  const auto num_kept =
+      std::min<std::ptrdiff_t>(spec.beam_width, static_cast<std::ptrdiff_t>(order.size()));
+  std::partial_sort(order.begin(), order.begin() + num_kept, order.end(), is_better);
+  const auto is_finished = [](const Candidate* c) { return c->is_finished(); };
+  if (length() >= spec.max_tokens ||
+      std::all_of(order.begin(), order.begin() + num_kept, is_finished)) {
+    report();
+    return true;
+  }
+  for (auto loser = order.begin() + num_kept; loser != order.end(); ++loser) release(*loser);
+  order.resize(num_kept);
+  for (Candidate* survivor : order) {
+    if (survivor->is_finished()) release(survivor);
+  }
+  move_in_order(order, &survivors);
+  pool.clear();
+  return false;
+}
+
+void Search::finalize(Finish reason) {
+  if (pool.empty()) pool.swap(survivors);  // between a selection and the fork
+  if (pool.empty()) pool.resize(1);        // before the first token: one empty candidate
+  for (Candidate& candidate : pool) {
+    if (!candidate.is_finished()) candidate.finish = reason;
+  }
+  report();
+}
+
+void Search::report() {
+  std::vector<Candidate*> order;
+  for (Candidate& candidate : pool) order.push_back(&candidate);
+  std::sort(order.begin(), order.end(), is_better);
+  std::vector<Candidate*> kept;
+  for (Candidate* candidate : order) {
+    if (static_cast<int32_t>(kept.size()) == spec.num_outputs) break;
+    // Clones of one finished survivor share its past and have nothing of their own.
+    const bool is_clone = candidate->recent.empty() && candidate->past &&
+                          std::any_of(kept.begin(), kept.end(), [&](const Candidate* c) {
+                            return c->recent.empty() && c->past == candidate->past;
+                          });
+    if (!is_clone) kept.push_back(candidate);
+  }
+  release_all();
+  move_in_order(kept, &pool);
+}
+
+void Search::release(Candidate* candidate) {
+  for (const int32_t block : candidate->blocks) num_blocks_held -= blocks_->free(block);
+  candidate->blocks.clear();
+}
+
+void Search::release_all() {
+  for (Candidate& candidate : pool) release(&candidate);
+  for (Candidate& candidate : survivors) release(&candidate);
+  for (const int32_t block : prompt_table) num_blocks_held -= blocks_->free(block);
+  prompt_table.clear();
+}
+
+}  // namespace ivg

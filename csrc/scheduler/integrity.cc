@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// What must hold between any two calls, recomputed from nothing but the candidates' own tables.
+#include <algorithm>
+
+#include "scheduler/errors.h"
+#include "scheduler/scheduler.h"
+
+namespace ivg {
+
+void Scheduler::check_integrity() const {
+  blocks_.check_integrity();
+  std::vector<int32_t> references(blocks_.num_blocks(), 0);
+  int64_t blocks = 0;
+  int32_t rows = 0;
+  for (const auto& request : running_) {
+    const Search& search = request->search;
+    const RequestSpec& spec = search.spec;
+    IVG_CHECK(request->state != State::kWaiting);
+    IVG_CHECK(live_.at(request->id) == request.get());
+    IVG_CHECK(search.pool.empty() || search.survivors.empty());
+    IVG_CHECK(static_cast<int32_t>(search.pool.size()) <= spec.pool_size());
+    IVG_CHECK(static_cast<int32_t>(search.survivors.size()) <= spec.beam_width);
+    IVG_CHECK(search.num_blocks_held <= spec.worst_case_blocks());
+    blocks += spec.worst_case_blocks();
+    rows += spec.pool_size();
+    for (const int32_t block : search.prompt_table) ++references[block];
+    std::vector<int32_t> distinct = search.prompt_table;
+    for (const auto* candidates : {&search.pool, &search.survivors}) {
+      for (const Candidate& candidate : *candidates) {
+        IVG_CHECK(static_cast<size_t>(candidate.length) == candidate.history().size());
+        IVG_CHECK(candidate.length <= spec.max_tokens);
+        for (const int32_t block : candidate.blocks) ++references[block];
+        distinct.insert(distinct.end(), candidate.blocks.begin(), candidate.blocks.end());
+        // Everything behind the last selection's full blocks is this candidate's alone: it will be
+        // written.
+        if (!candidate.is_finished() && search.survivors.empty()) {
+          const int32_t first_own = search.chunk_start / kBlockSize;
+          for (size_t i = first_own; i < candidate.blocks.size(); ++i) {
+            IVG_CHECK(blocks_.ref_count(candidate.blocks[i]) == 1);
+          }
+        }
+      }
+    }
+    std::sort(distinct.begin(), distinct.end());
+    const auto num_distinct = std::unique(distinct.begin(), distinct.end()) - distinct.begin();
+    IVG_CHECK(num_distinct == search.num_blocks_held);
+  }
+  for (int32_t block = 0; block < blocks_.num_blocks(); ++block) {
+    IVG_CHECK(references[block] == blocks_.ref_count(block));
+  }
+  IVG_CHECK(blocks == reserved_blocks_ && blocks <= config_.num_blocks);
+  IVG_CHECK(rows == reserved_rows_ && rows <= config_.max_num_rows);
+  IVG_CHECK(live_.size() == waiting_.size() + running_.size());
+  IVG_CHECK(!running_.empty() || blocks_.num_used() == 0);
+  for (const auto& request : waiting_) {
+    IVG_CHECK(request->state == State::kWaiting && request->search.num_blocks_held == 0);
+  }
+}
+
+}  // namespace ivg

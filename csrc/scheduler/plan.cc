@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the device does next, written into arrays: bursts and score plans.
+#include <algorithm>
+#include <cstddef>
+
+#include "scheduler/errors.h"
+#include "scheduler/scheduler.h"
+
+namespace ivg {
+
+namespace {
+
+int32_t slot_of(const std::vector<int32_t>& blocks, int32_t position) {
+  return blocks[position / kBlockSize] * kBlockSize + position % kBlockSize;
+}
+
+}  // namespace
+
+void BurstPlan::clear() {
+  num_steps = table_width = 0;
+  for (auto* ids : {&request_ids, &prefill_request_ids, &sample_seed}) ids->clear();
+  for (auto* array :
+       {&prompt_blocks, &num_samples, &prefill_tables, &row_request, &row_token, &row_position,
+        &row_slot, &row_tables, &sample_request, &sample_row, &sample_candidate, &sample_position,
+        &sample_steps, &sample_slots, &sample_tables}) {
+    array->clear();
+  }
+  row_roles.clear();
+  copies.clear();
+}
+
+void ScorePlan::clear() {
+  table_width = max_new_tokens = 0;
+  request_ids.clear();
+  for (auto* array : {&num_rows, &prompt_blocks, &row_request, &row_candidate, &row_start,
+                      &row_length, &row_tokens, &row_tables}) {
+    array->clear();
+  }
+  row_finish.clear();
+  row_adds_eos.clear();
+  row_reward.clear();
+}
+
+// A chunk starts together with its cohort: not while a request of equal chunk length is inside a
+// chunk that ends soon enough to wait for.
+bool Scheduler::may_start(const Request& request) const {
+  const int32_t L = request.search.spec.chunk_length;
+  if (L == 0) return true;
+  return std::none_of(running_.begin(), running_.end(), [&](const std::unique_ptr<Request>& other) {
+    if (other->state != State::kRunning || other->search.spec.chunk_length != L) return false;
+    const int32_t to_boundary = L - other->search.chunk_step;
+    return config_.max_join_steps < 0 || to_boundary <= config_.max_join_steps;
+  });
+}
+
+// Up to the nearest cohort's boundary. A request that ends before it (max_tokens) is a pad until
+// then.
+int32_t Scheduler::burst_steps(const std::vector<Request*>& taking_part) const {
+  int32_t to_boundary = config_.max_burst_steps;
+  int32_t longest = 0;
+  for (const Request* request : taking_part) {
+    const Search& search = request->search;
+    const int32_t chunk_step = request->state == State::kRunning ? search.chunk_step : 0;
+    const int32_t length = search.length();
+    if (search.spec.chunk_length > 0) {
+      to_boundary = std::min(to_boundary, search.spec.chunk_length - chunk_step);
+    }
+    longest = std::max(longest, search.spec.max_tokens - length);
+  }
+  return std::min(to_boundary, longest);
+}
+
+const BurstPlan& Scheduler::plan() {
+  if (is_in_flight_)
+    throw InvalidState("plan() while a burst is in flight: commit_tokens() comes first");
+  plan_.clear();
+  admit();
+
+  std::vector<Request*> taking_part;
+  int32_t max_table = 0;
+  for (const auto& request : running_) {
+    const Search& search = request->search;
+    max_table =
+        std::max(max_table, search.spec.prompt_blocks() + blocks_for(search.spec.max_tokens));
+    if (request->state == State::kRunning ||
+        (request->state == State::kReady && may_start(*request))) {
+      taking_part.push_back(request.get());
+    }
+  }
+  // Contiguous by guidance, and those that start from their prompt's logits last: one call of the
+  // sampler each.
+  const auto starts = [](const Request* r) {
+    return r->state == State::kReady && r->search.num_selections == 0;
+  };
+  std::stable_sort(taking_part.begin(), taking_part.end(), [&](const Request* a, const Request* b) {
+    const int32_t ga = a->search.spec.guidance, gb = b->search.spec.guidance;
+    return ga != gb ? ga < gb : starts(a) < starts(b);
+  });
+
+  plan_.table_width = max_table;
+  for (const auto& request : running_) {
+    if (request->is_prefilled) continue;
+    request->is_prefilled = true;
+    plan_.prefill_request_ids.push_back(request->id);
+    write_table(request->search, nullptr, &plan_.prefill_tables);
+  }
+  plan_.num_steps = burst_steps(taking_part);
+  for (Request* request : taking_part) plan_request(request);
+
+  const size_t num_samples = plan_.sample_request.size();
+  plan_.sample_slots.assign(static_cast<size_t>(plan_.num_steps) * num_samples, -1);
+  for (size_t b = 0; b < num_samples; ++b) {
+    const int32_t Bp = plan_.prompt_blocks[plan_.sample_request[b]];
+    const int32_t* table = plan_.sample_tables.data() + b * plan_.table_width + Bp;
+    for (int32_t step = 0; step < plan_.sample_steps[b]; ++step) {
+      const int32_t position = plan_.sample_position[b] + step;
+      plan_.sample_slots[step * num_samples + b] =
+          table[position / kBlockSize] * kBlockSize + position % kBlockSize;
+    }
+  }
+  is_in_flight_ = num_samples > 0;
+  return plan_;
+}
+
+void Scheduler::plan_request(Request* request) {
+  Search& search = request->search;
+  const RequestSpec& spec = search.spec;
+  const auto index = static_cast<int32_t>(plan_.request_ids.size());
+  const bool is_start = request->state == State::kReady;
+  const bool is_from_prompt = is_start && search.num_selections == 0;
+
+  const auto add_row = [&](const Candidate& candidate, uint32_t roles) {
+    const int32_t position = candidate.length - 1;
+    plan_.row_request.push_back(index);
+    plan_.row_token.push_back(candidate.last_token());
+    plan_.row_position.push_back(position);
+    plan_.row_slot.push_back(slot_of(candidate.blocks, position));
+    plan_.row_roles.push_back(roles);
+    write_table(search, &candidate, &plan_.row_tables);
+    return static_cast<int32_t>(plan_.row_request.size()) - 1;
+  };
+
+  // Logit row of each survivor by rank; the survivors' own tables are forwarded before the fork
+  // shares them.
+  std::vector<int32_t> row_of_rank;
+  if (is_from_prompt) {
+    search.branch_prompt();
+  } else if (is_start) {
+    for (const Candidate& survivor : search.survivors) {
+      row_of_rank.push_back(
+          survivor.is_finished() ? -1 : add_row(survivor, spec.step_roles | spec.settle_roles));
+    }
+    search.fork(&plan_.copies);
+  }
+  const int32_t num_steps = std::min(plan_.num_steps, spec.max_tokens - search.length());
+  int32_t num_samples = 0;
+  for (Candidate& candidate : search.pool) {
+    if (candidate.is_finished()) continue;
+    int32_t row = -1;
+    if (!is_start) {
+      row = add_row(candidate, spec.step_roles);
+    } else if (!is_from_prompt) {
+      row = row_of_rank[candidate.id % spec.beam_width];
+    }
+    search.reserve_tokens(&candidate, num_steps);
+    plan_.sample_request.push_back(index);
+    plan_.sample_row.push_back(row);
+    plan_.sample_candidate.push_back(candidate.id);
+    plan_.sample_position.push_back(candidate.length);
+    plan_.sample_steps.push_back(num_steps);
+    plan_.sample_seed.push_back(static_cast<int64_t>(spec.seed));
+    write_table(search, &candidate, &plan_.sample_tables);
+    ++num_samples;
+  }
+  plan_.request_ids.push_back(request->id);
+  plan_.prompt_blocks.push_back(spec.prompt_blocks());
+  plan_.num_samples.push_back(num_samples);
+  request->state = State::kRunning;
+  request->is_in_flight = true;
+}
+
+void Scheduler::write_table(const Search& search, const Candidate* candidate,
+                            std::vector<int32_t>* tables) const {
+  // Unused entries are 0: a valid block, so that a kernel that prefetches stays in bounds.
+  const size_t begin = tables->size();
+  tables->resize(begin + plan_.table_width, 0);
+  auto out =
+      std::copy(search.prompt_table.begin(), search.prompt_table.end(), tables->begin() + begin);
+  if (candidate != nullptr) std::copy(candidate->blocks.begin(), candidate->blocks.end(), out);
+}
+
+const ScorePlan& Scheduler::plan_scores() {
+  if (is_in_flight_) throw InvalidState("plan_scores() while a burst is in flight");
+  ScorePlan& plan = score_plan_;
+  plan.clear();
+  plan.table_width = plan_.table_width;  // no request was admitted since
+  std::vector<Request*> requests;
+  for (const auto& request : running_) {
+    if (request->state != State::kScoring || request->is_handed_out) continue;
+    requests.push_back(request.get());
+    for (const Candidate& candidate : request->search.pool) {
+      if (!candidate.is_scored) {
+        plan.max_new_tokens =
+            std::max(plan.max_new_tokens, candidate.length - request->search.chunk_start);
+      }
+    }
+  }
+  for (Request* request : requests) {
+    const Search& search = request->search;
+    const auto index = static_cast<int32_t>(plan.request_ids.size());
+    int32_t num_rows = 0;
+    for (const Candidate& candidate : search.pool) {
+      if (candidate.is_scored) continue;
+      plan.row_request.push_back(index);
+      plan.row_candidate.push_back(candidate.id);
+      plan.row_start.push_back(search.chunk_start);
+      plan.row_length.push_back(candidate.length);
+      plan.row_finish.push_back(static_cast<uint8_t>(candidate.finish));
+      const bool is_cut = candidate.finish == Finish::kLength;
+      plan.row_adds_eos.push_back(candidate.finish == Finish::kStopText ||
+                                  (is_cut && search.spec.score_eos_on_truncation));
+      plan.row_reward.push_back(candidate.reward);
+      const size_t begin = plan.row_tokens.size();
+      plan.row_tokens.resize(begin + plan.max_new_tokens, -1);
+      for (size_t i = 0; i < candidate.recent.size(); ++i) {
+        plan.row_tokens[begin + i] = candidate.recent[i].token;
+      }
+      write_table(search, &candidate, &plan.row_tables);
+      ++num_rows;
+    }
+    plan.request_ids.push_back(request->id);
+    plan.num_rows.push_back(num_rows);
+    plan.prompt_blocks.push_back(search.spec.prompt_blocks());
+    request->is_handed_out = true;
+  }
+  return plan;
+}
+
+}  // namespace ivg
