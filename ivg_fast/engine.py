@@ -21,6 +21,7 @@ from ivg_fast.errors import CapacityError, InvalidParameterError, IVGError, Unsu
 from ivg_fast.models.loading import load_model, load_tokenizer
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.value_head import ValueHeadModel, load_value_model
+from ivg_fast.models.values import TokenScorer
 from ivg_fast.models.vocabulary import check_same_vocabulary
 from ivg_fast.ops.kv_cache import BlockCopier
 from ivg_fast.outputs import RequestOutput
@@ -158,10 +159,11 @@ class Engine:
             max_queued_requests=_or_minus_one(self.config.max_queued_requests),
         )
         pools = [pool for runner in self._runners.values() for pool in runner.pools]
+        token_scorer = TokenScorer(self._runners, self.vocab_size)
         self._burst = BurstRunner(
-            self._runners, self.vocab_size, BlockCopier(pools).copy, self.tokenizer
+            self._runners, self.vocab_size, BlockCopier(pools).copy, token_scorer, self.tokenizer
         )
-        self._scorer = ChunkScorer(self._runners, self.vocab_size, self._eos_id, self.tokenizer)
+        self._scorer = ChunkScorer(self._runners, token_scorer, self._eos_id, self.tokenizer)
         self._live: dict[int, LiveRequest] = {}
 
     def _affordable_blocks(self) -> int:
