@@ -204,8 +204,8 @@ class ModelRunner:
         shapes = probe.layer_shapes
         if set(shapes) != set(range(num_layers)):
             raise UnsupportedModelError(
-                f"{self.role}: model type {kind!r} sends {len(shapes)} of its "
-                f"{num_layers} layers through the attention interface; all must go through it"
+                f"{self.role}: model type {kind!r} has {num_layers} layers by its config, but "
+                f"{len(shapes)} attend through the attention interface; all must"
             )
         width = output.logits.shape[-1] if self._head is None else self._head.out_features
         return [shapes[i] for i in range(num_layers)], width
