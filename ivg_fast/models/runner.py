@@ -140,14 +140,28 @@ class ModelRunner:
     @torch.inference_mode()
     def hidden(self, batch: ForwardBatch) -> torch.Tensor:
         """Like `forward`, but the hidden states [N, H] before the head of a ValueHeadModel."""
-        if self._head is None:
-            raise UnsupportedModelError(
-                f"{self.role} must have a vocabulary value head to give hidden states, "
-                f"got {type(self.model).__name__}"
-            )
+        _ = self._value_head
         with attention_context(PagedContext(self._layers, batch, self.num_threads)):
             states = self._call(batch).last_hidden_state[0]
         return states.index_select(0, batch.logit_positions)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """score_head.weight [V, H] of a ValueHeadModel."""
+        return self._value_head.weight
+
+    @torch.inference_mode()
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Token values s(. | prefix) [N, V] from hidden states [N, H] of a ValueHeadModel."""
+        return self._value_head(hidden)
+
+    @property
+    def _value_head(self) -> torch.nn.Linear:
+        if self._head is None:
+            raise UnsupportedModelError(
+                f"{self.role} must be a ValueHeadModel, got {type(self.model).__name__}"
+            )
+        return self._head
 
     def use_attention(self, name: str) -> None:
         """Switches the model between the paged and another registered attention function."""
