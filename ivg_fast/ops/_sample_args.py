@@ -174,7 +174,9 @@ def normalise(
         num_samples = base.shape[0]
         rows = torch.arange(num_samples, device=device)
     else:
-        if isinstance(logit_rows, int) or (isinstance(logit_rows, Tensor) and logit_rows.dim() != 1):
+        if isinstance(logit_rows, int) or (
+            isinstance(logit_rows, Tensor) and logit_rows.dim() != 1
+        ):
             raise InvalidParameterError("logit_rows", logit_rows, "must have one dimension")
         rows = per_sample("logit_rows", logit_rows, len(logit_rows), device)
         num_samples = rows.shape[0]

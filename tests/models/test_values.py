@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of the vocabulary head, and what a callable may and may not return."""
+"""Tokens measured by models, and what a callable may and may not return."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import FrozenInstanceError
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_model
@@ -13,32 +14,43 @@ from tiny_models import tiny_model
 from ivg_fast.errors import ScorerError, UnsupportedModelError
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.value_head import ValueHeadModel
-from ivg_fast.models.values import ScoreInput, VocabularyHeadValue, call_text_value
+from ivg_fast.models.values import TokenScorer, call_scorer
+from ivg_fast.params import ScoreInput
 
 INPUTS = [ScoreInput("p", text, (1, 2), False) for text in ("a", "bb", "ccc")]
 
 
-def test_vocabulary_head_is_one_dot_product_a_token() -> None:
-    head = torch.nn.Linear(32, 97, bias=False)
+def test_explicit_is_one_dot_product_a_token() -> None:
+    head = torch.nn.Linear(32, 97, bias=False).requires_grad_(False)
     runner = ModelRunner(ValueHeadModel(tiny_model("gpt2").transformer, head), role="value")
-    value = VocabularyHeadValue(runner)
-    hidden, ids = torch.randn(9, 32), torch.randint(97, (9,))
-    expected = (hidden.double() @ head.weight.double().T)[torch.arange(9), ids]
-    torch.testing.assert_close(value.score(hidden, ids).double(), expected, atol=1e-5, rtol=1e-5)
-    assert not value.reads_own_token
-    # The same score read off the whole row of token values, one place to the right, is another.
-    assert not torch.allclose(value.score(hidden, (ids + 1) % 97).double(), expected)
+    hidden, rows, ids = torch.randn(5, 32), np.array([4, 0, 0, 2]), np.array([96, 1, 7, 7])
+    measured = TokenScorer({"value": runner}, 97).scores("explicit", [hidden], rows, ids)
+    expected = (hidden.double() @ head.weight.double().T).numpy()[rows, ids]
+    np.testing.assert_allclose(measured, expected, atol=1e-5)
+    # One place to the right in the row of token values is another score.
+    shifted = TokenScorer({"value": runner}, 97).scores("explicit", [hidden], rows, (ids + 1) % 97)
+    assert not np.allclose(shifted, expected, atol=1e-5)
 
 
-def test_vocabulary_head_wants_a_value_head() -> None:
+def test_implicit_is_a_log_ratio_over_the_shared_ids() -> None:
+    tuned, untuned = torch.randn(5, 100), torch.randn(5, 104)
+    rows, ids = np.array([4, 0, 0, 2]), np.array([96, 1, 7, 7])
+    measured = TokenScorer({}, 97).scores("implicit", [tuned, untuned], rows, ids)
+    # Padded logits beyond the shared ids take no part in either distribution.
+    parts = [logits[:, :97].double().log_softmax(-1).numpy() for logits in (tuned, untuned)]
+    np.testing.assert_allclose(measured, (parts[0] - parts[1])[rows, ids], atol=1e-5)
+
+
+def test_hidden_states_need_a_value_head() -> None:
+    runner = ModelRunner(tiny_model("gpt2"), role="base", self_test=False)
     with pytest.raises(UnsupportedModelError, match="base must be a ValueHeadModel"):
-        VocabularyHeadValue(ModelRunner(tiny_model("gpt2"), role="base", self_test=False))
+        runner.head(torch.randn(1, 32))
 
 
 def test_callable_scores() -> None:
-    assert call_text_value(lambda xs: [len(x.response) for x in xs], INPUTS) == [1.0, 2.0, 3.0]
+    assert call_scorer(lambda xs: [len(x.response) for x in xs], INPUTS).tolist() == [1.0, 2.0, 3.0]
     tensor_scorer = lambda xs: torch.arange(len(xs)) / 2  # noqa: E731
-    assert call_text_value(tensor_scorer, INPUTS) == [0.0, 0.5, 1.0]
+    assert call_scorer(tensor_scorer, INPUTS).tolist() == [0.0, 0.5, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +66,7 @@ def test_callable_scores() -> None:
 )
 def test_callable_is_checked(scores, message: str) -> None:
     with pytest.raises(ScorerError, match=message):
-        call_text_value(lambda _: scores, INPUTS)
+        call_scorer(lambda _: scores, INPUTS)
 
 
 def test_callable_that_raises_keeps_its_cause() -> None:
@@ -62,7 +74,7 @@ def test_callable_that_raises_keeps_its_cause() -> None:
         raise KeyError("lexicon")
 
     with pytest.raises(ScorerError, match="scorer broken raised KeyError: 'lexicon'") as caught:
-        call_text_value(broken, INPUTS)
+        call_scorer(broken, INPUTS)
     assert isinstance(caught.value.__cause__, KeyError)
 
 
