@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens measured by models, and what a callable may and may not return."""
+"""What tokens are worth to the value functions, and what a callable may and may not return."""
 
 from __future__ import annotations
 
@@ -20,37 +20,46 @@ from ivg_fast.params import ScoreInput
 INPUTS = [ScoreInput("p", text, (1, 2), False) for text in ("a", "bb", "ccc")]
 
 
-def test_explicit_is_one_dot_product_a_token() -> None:
-    head = torch.nn.Linear(32, 97, bias=False).requires_grad_(False)
-    runner = ModelRunner(ValueHeadModel(tiny_model("gpt2").transformer, head), role="value")
-    hidden, rows, ids = torch.randn(5, 32), np.array([4, 0, 0, 2]), np.array([96, 1, 7, 7])
-    measured = TokenScorer({"value": runner}, 97).scores("explicit", [hidden], rows, ids)
-    expected = (hidden.double() @ head.weight.double().T).numpy()[rows, ids]
-    np.testing.assert_allclose(measured, expected, atol=1e-5)
-    # One place to the right in the row of token values is another score.
-    shifted = TokenScorer({"value": runner}, 97).scores("explicit", [hidden], rows, (ids + 1) % 97)
-    assert not np.allclose(shifted, expected, atol=1e-5)
+def value_runner() -> ModelRunner:
+    head = torch.nn.Linear(32, 97, bias=False)
+    return ModelRunner(ValueHeadModel(tiny_model("gpt2").transformer, head), role="value")
 
 
-def test_implicit_is_a_log_ratio_over_the_shared_ids() -> None:
-    tuned, untuned = torch.randn(5, 100), torch.randn(5, 104)
-    rows, ids = np.array([4, 0, 0, 2]), np.array([96, 1, 7, 7])
-    measured = TokenScorer({}, 97).scores("implicit", [tuned, untuned], rows, ids)
-    # Padded logits beyond the shared ids take no part in either distribution.
-    parts = [logits[:, :97].double().log_softmax(-1).numpy() for logits in (tuned, untuned)]
-    np.testing.assert_allclose(measured, (parts[0] - parts[1])[rows, ids], atol=1e-5)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_explicit_score_is_one_dot_product_a_token(seed: int) -> None:
+    runner = value_runner()
+    rng = np.random.default_rng(seed)
+    hidden = torch.from_numpy(rng.normal(size=(5, 32)).astype(np.float32))
+    rows, tokens = rng.integers(0, 5, 9), rng.integers(0, 97, 9)
+    expected = (hidden.double() @ runner.head_weight.detach().double().T).numpy()
+    scores = TokenScorer({"value": runner}, 97).scores("explicit", [hidden], rows, tokens)
+    np.testing.assert_allclose(scores, expected[rows, tokens], atol=1e-5)
+    assert not np.allclose(scores, expected[rows, (tokens + 1) % 97], atol=1e-2)
 
 
-def test_hidden_states_need_a_value_head() -> None:
-    runner = ModelRunner(tiny_model("gpt2"), role="base", self_test=False)
-    with pytest.raises(UnsupportedModelError, match="base must be a ValueHeadModel"):
-        runner.head(torch.randn(1, 32))
+@pytest.mark.parametrize("seed", [1, 2])
+def test_implicit_score_is_the_normalised_log_ratio(seed: int) -> None:
+    """Over the shared ids only: what stands in the padding of wider logits must not count."""
+    rng = np.random.default_rng(seed)
+    tuned, untuned = (torch.from_numpy(rng.normal(size=(5, n)) * 3).float() for n in (99, 104))
+    tuned[:, 97:], untuned[:, 97:] = 50.0, -50.0
+    rows, tokens = rng.integers(0, 5, 9), rng.integers(0, 97, 9)
+    ratio = (
+        tuned[:, :97].double().log_softmax(-1) - untuned[:, :97].double().log_softmax(-1)
+    ).numpy()
+    scores = TokenScorer({}, 97).scores("implicit", [tuned, untuned], rows, tokens)
+    np.testing.assert_allclose(scores, ratio[rows, tokens], atol=1e-5)
+
+
+def test_only_a_value_head_gives_hidden_states() -> None:
+    runner = ModelRunner(tiny_model("gpt2"), role="value", self_test=False)
+    with pytest.raises(UnsupportedModelError, match="value must be a ValueHeadModel"):
+        TokenScorer({"value": runner}, 97)
 
 
 def test_callable_scores() -> None:
-    assert call_scorer(lambda xs: [len(x.response) for x in xs], INPUTS).tolist() == [1.0, 2.0, 3.0]
-    tensor_scorer = lambda xs: torch.arange(len(xs)) / 2  # noqa: E731
-    assert call_scorer(tensor_scorer, INPUTS).tolist() == [0.0, 0.5, 1.0]
+    assert call_scorer(lambda xs: [len(x.response) for x in xs], INPUTS).tolist() == [1, 2, 3]
+    assert call_scorer(lambda xs: torch.arange(len(xs)) / 2, INPUTS).tolist() == [0, 0.5, 1]
 
 
 @pytest.mark.parametrize(
