@@ -25,6 +25,9 @@ constexpr int kMaxHead = static_cast<int>(kMaxHeadSize);
 // Tiles of at least this many queries transpose the key block, which saves the horizontal sums.
 constexpr int kTransposeFrom = 12;
 
+// Products that one running sum takes before it is added to the total; bounds the rounding error.
+constexpr int kSumLength = 64;
+
 // Below this many multiply-adds a second thread costs more than it saves.
 constexpr int64_t kWorkPerThread = 1 << 17;
 
@@ -175,17 +178,24 @@ template <int ROWS>
 void score_transposed_rows(const float* keys, int size, const float* query, int query_stride,
                            float* scores, int score_stride) {
   constexpr int kVecs = kBlock / kWidth;
-  VecF acc[ROWS][kVecs] = {};
-  for (int i = 0; i < size; ++i) {
-    VecF kv[kVecs];
-    for (int j = 0; j < kVecs; ++j) kv[j] = load(keys + i * kBlock + j * kWidth);
+  VecF sum[ROWS][kVecs] = {};
+  for (int begin = 0; begin < size; begin += kSumLength) {
+    const int end = begin + kSumLength < size ? begin + kSumLength : size;
+    VecF acc[ROWS][kVecs] = {};
+    for (int i = begin; i < end; ++i) {
+      VecF kv[kVecs];
+      for (int j = 0; j < kVecs; ++j) kv[j] = load(keys + i * kBlock + j * kWidth);
+      for (int r = 0; r < ROWS; ++r) {
+        const VecF q = splat(query[r * query_stride + i]);
+        for (int j = 0; j < kVecs; ++j) acc[r][j] += q * kv[j];
+      }
+    }
     for (int r = 0; r < ROWS; ++r) {
-      const VecF q = splat(query[r * query_stride + i]);
-      for (int j = 0; j < kVecs; ++j) acc[r][j] += q * kv[j];
+      for (int j = 0; j < kVecs; ++j) sum[r][j] += acc[r][j];
     }
   }
   for (int r = 0; r < ROWS; ++r) {
-    for (int j = 0; j < kVecs; ++j) store(scores + r * score_stride + j * kWidth, acc[r][j]);
+    for (int j = 0; j < kVecs; ++j) store(scores + r * score_stride + j * kWidth, sum[r][j]);
   }
 }
 
@@ -366,11 +376,11 @@ void attend_segment(const PagedAttentionArgs& a, const RowKeys& keys, int64_t kv
     score_block<E>(a, static_cast<const T*>(a.key_pool) + place * key_size, block.num_keys,
                    num_queries, s, s.scores + b * kBlock, num_scores);
   }
-  if (a.soft_cap > 0) {
-    const VecF cap = splat(a.soft_cap);
-    for (int i = 0; i < num_queries * num_scores; i += kWidth) {
-      store(s.scores + i, cap * vtanh(load(s.scores + i) / cap));
-    }
+  const VecF scale = splat(a.scale);
+  const VecF cap = splat(a.soft_cap);
+  for (int i = 0; i < num_queries * num_scores; i += kWidth) {
+    const VecF scaled = scale * load(s.scores + i);
+    store(s.scores + i, a.soft_cap > 0 ? cap * vtanh(scaled / cap) : scaled);
   }
   for (int b = 0; b < num_blocks; ++b) {
     const KeyBlock block = keys.at(first_block + b);
@@ -427,7 +437,7 @@ void attend_tile(const PagedAttentionArgs& a, int64_t row, int64_t kv_head, int6
     const T* query = static_cast<const T*>(a.query) + (first_token + token) * a.query_token_stride +
                      head * a.query_head_stride;
     float* q = s.query + m * query_stride;
-    for (int i = 0; i < key_size; ++i) q[i] = E::to_float(query[i]) * a.scale;
+    for (int i = 0; i < key_size; ++i) q[i] = E::to_float(query[i]);
     for (int i = key_size; i < query_stride; ++i) q[i] = 0.0f;
     memset(s.acc + m * acc_size, 0, static_cast<size_t>(acc_size) * sizeof(float));
     s.position[m] = first_position + token;
