@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class PagedBatch:
 
     def queries(self) -> list[Tensor]:
         starts = self.rows["query_start_loc"].tolist()
-        return [self.query[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+        return [self.query[a:b] for a, b in pairwise(starts)]
 
 
 def make_batch(
@@ -95,8 +95,7 @@ def make_batch(
 
 
 def random_lens(seed: int, num_rows: int = 6) -> list[tuple[int, int, int]]:
-    """Fresh prompts, chunked prompts, decodes, extensions, rows without a query and without a prompt,
-    lengths around the block and segment sizes of the kernel."""
+    """Fresh prompts, chunked prompts, decodes, extensions, rows without a query or a prompt, around the block and segment sizes of the kernel."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,26 @@ def rms(result: Tensor, exact: Tensor) -> float:
     return (result.double() - exact).square().mean().sqrt().item()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("heads", "sizes"), SHAPES)
-@pytest.mark.parametrize("option", range(len(OPTIONS)))
+# Every shape and every option with every dtype, half of the combinations.
+GRID = [
+    pytest.param(i, *shape, dtype, id=f"{i}-{shape}-{dtype}")
+    for i in range(len(OPTIONS))
+    for j, shape in enumerate(SHAPES)
+    for k, dtype in enumerate([torch.float32, torch.bfloat16, torch.float16])
+    if (i + j + k) % 2 == 0
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_torch_thread() -> Iterator[None]:
+    """The tensors are small: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("option", "heads", "sizes", "dtype"), GRID)
 def test_error_is_that_of_plain_pytorch(
     option: int, heads: tuple[int, int], sizes: tuple[int, int], dtype: torch.dtype
 ) -> None:
@@ -87,7 +105,7 @@ def test_error_is_that_of_plain_pytorch(
 
 @pytest.mark.parametrize("option", range(len(OPTIONS)))
 def test_reference_is_exact(option: int) -> None:
-    for heads, sizes in SHAPES:
+    for heads, sizes in SHAPES[option % 2 :: 2]:
         batch = make_batch(random_lens(option), heads=heads, sizes=sizes, seed=option)
         options = resolve(OPTIONS[option], heads, option)
         exact = plain_batch(batch, torch.float64, **options)
@@ -132,7 +150,9 @@ def test_response_block_start_says_where_the_response_is() -> None:
     assert rows["response_block_start"].tolist() == [2, 3]
     assert error(paged_attention(*batch.args, **rows, scale=1.0), exact) < 1e-4
     rows["block_table"] = rows["block_table"].clone()
-    rows["block_table"][1, 2] = rows["block_table"][1, 3]  # the hole's entry is legal now, but wrong
+    rows["block_table"][1, 2] = rows["block_table"][
+        1, 3
+    ]  # the hole's entry is legal now, but wrong
     rows["response_block_start"] = torch.tensor([2, 2], dtype=torch.int32)
     assert not error(paged_attention(*batch.args, **rows, scale=1.0), exact) < 1e-2
 
