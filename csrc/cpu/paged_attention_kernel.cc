@@ -23,7 +23,7 @@ constexpr int kMaxSegment = 32;     // blocks
 constexpr int kMaxHead = static_cast<int>(kMaxHeadSize);
 
 // Tiles of at least this many queries transpose the key block, which saves the horizontal sums.
-constexpr int kTransposeFrom = 12;
+constexpr int kTransposeFrom = 16;
 
 // Products that one running sum takes before it is added to the total; bounds the rounding error.
 constexpr int kSumLength = 64;
@@ -113,8 +113,15 @@ struct RowKeys {
   }
 };
 
+// Not `= {}`, which the compiler turns into a memset of the stack.
+template <int ROWS, int COLUMNS>
+inline void clear(VecF (&acc)[ROWS][COLUMNS]) {
+  for (int r = 0; r < ROWS; ++r) {
+    for (int j = 0; j < COLUMNS; ++j) acc[r][j] = VecF{};
+  }
+}
+
 // --- scores
-// ---------------------------------------------------------------------------------------
 
 // scores[r, key] = query[r] . key[key] for ROWS queries and one block; keys from num_keys on,
 // rounded up to four, are left alone.
@@ -123,7 +130,8 @@ void score_rows(const typename E::Type* keys, int size, int num_keys, const floa
                 int query_stride, float* scores, int score_stride) {
   for (int key = 0; key < num_keys; key += 4) {
     const typename E::Type* k = keys + key * size;
-    VecF acc[ROWS][4] = {};
+    VecF acc[ROWS][4];
+    clear(acc);
     for (int i = 0; i < size; i += kWidth) {
       VecF kv[4];
       for (int j = 0; j < 4; ++j) kv[j] = E::load_vec(k + j * size + i);
@@ -178,10 +186,12 @@ template <int ROWS>
 void score_transposed_rows(const float* keys, int size, const float* query, int query_stride,
                            float* scores, int score_stride) {
   constexpr int kVecs = kBlock / kWidth;
-  VecF sum[ROWS][kVecs] = {};
+  VecF sum[ROWS][kVecs];
+  clear(sum);
   for (int begin = 0; begin < size; begin += kSumLength) {
     const int end = begin + kSumLength < size ? begin + kSumLength : size;
-    VecF acc[ROWS][kVecs] = {};
+    VecF acc[ROWS][kVecs];
+    clear(acc);
     for (int i = begin; i < end; ++i) {
       VecF kv[kVecs];
       for (int j = 0; j < kVecs; ++j) kv[j] = load(keys + i * kBlock + j * kWidth);
@@ -206,6 +216,11 @@ void score_transposed(const float* keys, int size, const float* query, int query
     score_transposed_rows<kTransposedRows>(keys, size, query + r * query_stride, query_stride,
                                            scores + r * score_stride, score_stride);
   }
+  if (r + kTransposedRows / 2 <= num_queries) {
+    score_transposed_rows<kTransposedRows / 2>(keys, size, query + r * query_stride, query_stride,
+                                               scores + r * score_stride, score_stride);
+    r += kTransposedRows / 2;
+  }
   for (; r < num_queries; ++r) {
     score_transposed_rows<1>(keys, size, query + r * query_stride, query_stride,
                              scores + r * score_stride, score_stride);
@@ -213,7 +228,6 @@ void score_transposed(const float* keys, int size, const float* query, int query
 }
 
 // --- values
-// ---------------------------------------------------------------------------------------
 
 // acc[r, 0 : VECS * kWidth] += sum over the segment's keys of p[r, key] * value[key, ...]
 template <class E, int ROWS, int VECS>
@@ -284,7 +298,6 @@ void add_values(const typename E::Type* const* blocks, const int* first, const i
 }
 
 // --- one tile
-// -------------------------------------------------------------------------------------
 
 // p = exp(s - max); the accumulators so far are rescaled to the new maximum.
 void softmax_update(float* scores, int num_scores, float* row_max, float* row_sum, float* acc,
@@ -463,7 +476,6 @@ void attend_tile(const PagedAttentionArgs& a, int64_t row, int64_t kv_head, int6
 }
 
 // --- all tiles
-// ------------------------------------------------------------------------------------
 
 int64_t num_tiles(const PagedAttentionArgs& a, int64_t row) {
   const int64_t queries =

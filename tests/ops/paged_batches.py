@@ -95,7 +95,8 @@ def make_batch(
 
 
 def random_lens(seed: int, num_rows: int = 6) -> list[tuple[int, int, int]]:
-    """Fresh prompts, chunked prompts, decodes, extensions, rows without a query or a prompt, around the block and segment sizes of the kernel."""
+    """Fresh and chunked prompts, decodes, extensions, rows without a query or a prompt, with
+    lengths around the block and segment sizes of the kernel."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> int:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -228,6 +229,50 @@ def test_large_scores_and_sinks_do_not_overflow() -> None:
     result = paged_attention(*batch.args, **batch.rows, **options)
     # Scores reach 5000, where a float32 is 2.4e-4 off at best, and values 100.
     assert error(result, exact) < 0.2
+
+
+@pytest.mark.parametrize("window", [None, 1, 9])
+@pytest.mark.parametrize("model", ["gemma2", "gpt_oss"])
+def test_means_what_transformers_means(model: str, window: int | None) -> None:
+    """Soft cap, sinks and the window's edge as the eager code and the masks of transformers."""
+    from transformers import LlamaConfig, masking_utils
+    from transformers.models.gemma2 import modeling_gemma2
+    from transformers.models.gpt_oss import modeling_gpt_oss
+
+    heads, total = (4, 2), 40
+    batch = make_batch([(total, 0, total)], heads=heads, seed=8)
+    sinks = torch.randn(heads[0])
+    module = SimpleNamespace(num_key_value_groups=2, sinks=sinks, training=False, head_dim=16)
+    config = LlamaConfig(sliding_window=window, attn_implementation="eager")
+    make_mask = masking_utils.create_sliding_window_causal_mask
+    if window is None:
+        make_mask = masking_utils.create_causal_mask
+    mask = make_mask(
+        config=config,
+        inputs_embeds=torch.zeros(1, total, 1),
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=torch.arange(total)[None],
+    )
+    query, key, value = (
+        t.transpose(0, 1)[None] for t in (batch.query, batch.keys[0], batch.values[0])
+    )
+    options: dict[str, Any] = {"scale": 0.3}
+    if model == "gemma2":
+        options["soft_cap"] = 2.0
+        stock, _ = modeling_gemma2.eager_attention_forward(
+            module, query, key, value, mask, scaling=0.3, softcap=2.0
+        )
+    else:
+        options["sinks"] = sinks
+        stock, _ = modeling_gpt_oss.eager_attention_forward(
+            module, query, key, value, mask, scaling=0.3
+        )
+    result = paged_attention(*batch.args, **batch.rows, **options, sliding_window=window)
+    torch.testing.assert_close(result, stock[0], atol=2e-6, rtol=1e-5)
+    if window is not None:
+        other = paged_attention(*batch.args, **batch.rows, **options, sliding_window=window + 1)
+        assert error(other, stock[0].double()) > 1e-2
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
