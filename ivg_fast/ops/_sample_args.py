@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,27 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Below this a temperature's reciprocal comes near the end of float32.
 MIN_TEMPERATURE = 1e-20
+
+
+class GuidedSample(NamedTuple):
+    """What guided_sample returns, one entry a sample.
+
+    Attributes:
+        token_ids: int64[B]; -1 where `valid` is False.
+        logprob: float32[B], under the distribution sampled (after temperature, bans and filters;
+            at temperature 0 under softmax(z)). NaN where `valid` is False, as the next three.
+        base_logprob: float32[B], log_softmax(base) at temperature 1.
+        implicit_reward: float32[B], log pi_tuned - log pi_untuned; 0 without a pair.
+        value: float32[B], tuned - untuned as given; tuned alone without untuned; 0 without tuned.
+        valid: bool[B].
+    """
+
+    token_ids: Tensor
+    logprob: Tensor
+    base_logprob: Tensor
+    implicit_reward: Tensor
+    value: Tensor
+    valid: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +80,9 @@ def check_logits(name: str, logits: Tensor, base: Tensor | None = None) -> None:
     if logits.dtype not in LOGIT_DTYPES:
         raise InvalidParameterError(name, logits.dtype, "must be float32, bfloat16 or float16")
     if logits.stride(1) != 1:
-        raise InvalidParameterError(
-            name, logits.stride(), "must have stride 1 along the vocabulary"
-        )
+        raise InvalidParameterError(name, logits.stride(), "must have columns of stride 1")
     if base is not None and logits.device != base.device:
-        raise InvalidParameterError(name, logits.device, f"must be on base's device, {base.device}")
+        raise InvalidParameterError(name, logits.device, f"must be on {base.device} like base")
 
 
 def per_sample(
@@ -154,7 +174,11 @@ def normalise(
         num_samples = base.shape[0]
         rows = torch.arange(num_samples, device=device)
     else:
-        rows = per_sample("logit_rows", logit_rows, np.size(logit_rows), device)
+        if isinstance(logit_rows, int) or (
+            isinstance(logit_rows, Tensor) and logit_rows.dim() != 1
+        ):
+            raise InvalidParameterError("logit_rows", logit_rows, "must have one dimension")
+        rows = per_sample("logit_rows", logit_rows, len(logit_rows), device)
         num_samples = rows.shape[0]
 
     def floats(name: str, values: FloatParam) -> Tensor:
