@@ -29,6 +29,8 @@ struct Group {
   float* lane_max() const { return filter_array(kFilterArrays); }
 };
 
+float exponent_scale(const SampleParams& p) { return p.inverse_temperature * kLog2e; }
+
 bool has_filter(const SampleParams& p) { return p.top_k > 0 || p.top_p < 1 || p.min_p > 0; }
 
 Group make_group(const GuidedSampleArgs& a, int64_t index, int64_t worker) {
@@ -116,27 +118,24 @@ Block read_block(const Group& g, int64_t j, Buffers* buffers) {
 void measure_block(const Group& g, int64_t j) {
   Buffers buffers;
   const Block block = read_block(g, j, &buffers);
-  const float scale = g.params->inverse_temperature;
-  for (int q = 0; q < 3; ++q) {
-    if (block.input[q] == nullptr) continue;
-    const float max = block_max(block.input[q], block.padded);
-    g.maxima(kBase + q)[j] = max;
-    g.sums(kBase + q)[j] = sum_exp<false>(block.input[q], block.padded, max, 1.0f);
+  const float* x[4] = {block.z, block.input[0], block.input[1], block.input[2]};
+  // All maxima before all sums: the ends of their dependency chains then overlap.
+  for (int q = 0; q < 4; ++q) {
+    if (x[q] == nullptr) continue;
+    const VecF lanes = lane_maxima(x[q], block.padded);
+    if (q == kZ && g.filter != nullptr) store(g.lane_max() + j * kLanesPerBlock, lanes);
+    g.maxima(q)[j] = tree_max(lanes);
   }
-  if (block.is_base && scale == 1.0f) {
-    g.maxima(kZ)[j] = g.maxima(kBase)[j];
-    g.sums(kZ)[j] = g.sums(kBase)[j];
-  } else {
-    const float max = block_max(block.z, block.padded);
-    g.maxima(kZ)[j] = max;
-    g.sums(kZ)[j] = sum_exp<true>(block.z, block.padded, max, scale);
+  const float scale = exponent_scale(*g.params);
+  const bool is_same = block.is_base && scale == kLog2e;
+  for (int q = is_same ? kBase : kZ; q < 4; ++q) {
+    if (x[q] == nullptr) continue;
+    g.sums(q)[j] = sum_exp2(x[q], block.padded, g.maxima(q)[j], q == kZ ? scale : kLog2e);
   }
+  if (is_same) g.sums(kZ)[j] = g.sums(kBase)[j];
   if (g.filter != nullptr) {
     memcpy(g.filter_array(0) + j * kVocabBlock, block.z,
            static_cast<size_t>(block.padded) * sizeof(float));
-    VecF lanes = splat(kNegInf);
-    for (int64_t i = 0; i < block.padded; i += kWidth) lanes = vmax(load(block.z + i), lanes);
-    store(g.lane_max() + j * kLanesPerBlock, lanes);
   }
 }
 
@@ -165,7 +164,7 @@ int64_t scan(const float* mass, int64_t padded, double target) {
   return last;
 }
 
-// What a group draws from: tokens with z >= threshold, mass exp((z - max) * scale). Either they are
+// What a group draws from: tokens with z >= threshold, mass 2^((z - max) * scale). Either they are
 // listed in the filter scratch, or each block's mass stands where the sums of z stood.
 struct Distribution {
   float max;
@@ -187,7 +186,7 @@ FilterRow filter_row(const Group& g, const Merged& z) {
           g.args->vocab_size,
           z.max,
           z.sum,
-          g.params->inverse_temperature,
+          exponent_scale(*g.params),
           g.filter_array(1),
           g.filter_array(2),
           reinterpret_cast<int32_t*>(g.filter_array(3))};
@@ -196,10 +195,11 @@ FilterRow filter_row(const Group& g, const Merged& z) {
 // Mass of the entries >= threshold, written to `mass` if that is not null.
 double block_mass(const Group& g, const Distribution& d, const float* z, int64_t padded,
                   float* mass) {
+  const float scale = exponent_scale(*g.params);
   VecF total = VecF{};
   for (int64_t i = 0; i < padded; i += kWidth) {
     const VecF v = load(z + i);
-    VecF e = vexp((v - d.max) * g.params->inverse_temperature);
+    VecF e = vexp2((v - d.max) * scale);
     e = v >= d.threshold ? e : VecF{};
     total += e;
     if (mass != nullptr) store(mass + i, e);
@@ -305,11 +305,12 @@ void finish_group(const Group& g) {
   const int64_t blocks = num_blocks(a.vocab_size);
   const LogitRows* sources[3] = {&a.base, &a.tuned, &a.untuned};
   Merged merged[4] = {};
-  merged[kZ] = merge_blocks(g.maxima(kZ), g.sums(kZ), blocks, p.inverse_temperature, g.sums(kZ));
+  merged[kZ] = merge_blocks(g.maxima(kZ), g.sums(kZ), blocks, exponent_scale(p), g.sums(kZ));
   bool valid = merged[kZ].max > kNegInf && is_number(merged[kZ].sum);
   for (int q = 0; q < 3; ++q) {
     if (sources[q]->data == nullptr) continue;
-    merged[kBase + q] = merge_blocks(g.maxima(kBase + q), g.sums(kBase + q), blocks, 1.0f, nullptr);
+    merged[kBase + q] =
+        merge_blocks(g.maxima(kBase + q), g.sums(kBase + q), blocks, kLog2e, nullptr);
     valid = valid && is_number(merged[kBase + q].sum);
   }
   if (!valid) {

@@ -41,9 +41,9 @@ struct FilterRow {
   const float* block_max;  // [blocks]
   const float* lane_max;   // [blocks, kLanesPerBlock], the first kWidth of each: the lanes' maxima
   int64_t vocab_size;
-  float max;   // of z
-  double sum;  // of exp((z - max) * inverse_temperature)
-  float inverse_temperature;
+  float max;      // of z
+  double sum;     // of the masses 2^((z - max) * scale)
+  float scale;    // log2(e) / temperature
   float* list_z;  // three lists that hold vocab_size entries each
   float* list_mass;
   int32_t* list_ids;
@@ -137,7 +137,7 @@ inline double masses_of_list(const FilterRow& row, int64_t n) {
     VecF z = splat(kNegInf);
     const int64_t left = n - i < kWidth ? n - i : kWidth;
     memcpy(&z, row.list_z + i, static_cast<size_t>(left) * sizeof(float));
-    const VecF mass = vexp((z - row.max) * row.inverse_temperature);
+    const VecF mass = vexp2((z - row.max) * row.scale);
     memcpy(row.list_mass + i, &mass, static_cast<size_t>(left) * sizeof(float));
     for (int64_t k = 0; k < left; ++k) total += mass[k];
   }
@@ -177,7 +177,7 @@ inline void masses_above(const FilterRow& row, const float* pivots, double* abov
     VecF sums[kPivots] = {};
     for (int64_t i = begin; i < end; i += kWidth) {
       const VecF z = load(row.z + i);
-      const VecF mass = vexp((z - row.max) * row.inverse_temperature);
+      const VecF mass = vexp2((z - row.max) * row.scale);
       for (int k = 0; k < kPivots; ++k) sums[k] += z > pivots[k] ? mass : VecF{};
     }
     for (int k = 0; k < kPivots; ++k) above[k] += hsum(sums[k]);
@@ -189,8 +189,8 @@ inline void masses_above(const FilterRow& row, const float* pivots, double* abov
 // It lies in (low, high]: the mass above low reaches what is wanted, the mass above high does not.
 inline float top_p_threshold(const FilterRow& row, float top_p) {
   const double wanted = static_cast<double>(top_p) * row.sum;
-  // Distances from the maximum, in units of the temperature; exp(-88) is no float32 mass any more.
-  static const float kFirst[kPivots] = {0.5f, 1.0f, 2.0f, 4.0f, 6.0f, 9.0f, 13.0f, 20.0f};
+  // Distances from the maximum in powers of 2 of the mass.
+  static const float kFirst[kPivots] = {0.7f, 1.5f, 3.0f, 6.0f, 9.0f, 13.0f, 19.0f, 29.0f};
   float low = kNegInf;
   float high = row.max;
   double above_high = 0;
@@ -200,7 +200,7 @@ inline float top_p_threshold(const FilterRow& row, float top_p) {
     if (pass > 0 && (low == kNegInf || open <= 4)) break;
     float pivots[kPivots];
     for (int k = 0; k < kPivots; ++k) {
-      pivots[k] = pass == 0 ? row.max - kFirst[k] / row.inverse_temperature
+      pivots[k] = pass == 0 ? row.max - kFirst[k] / row.scale
                             : high - (high - low) * (static_cast<float>(k + 1) / (kPivots + 1));
     }
     double above[kPivots];

@@ -19,14 +19,14 @@ void measure(const TokenLogprobsArgs& a, int64_t i, int64_t j) {
     if (sources[s]->data == nullptr) continue;
     const float* x = load_block(*sources[s], a.rows[i], j * kVocabBlock, size, buffer);
     float* stats = stats_of(a, i, s);
-    stats[j] = block_max(x, round_to_step(size));
-    stats[padded_blocks(a.vocab_size) + j] = sum_exp<false>(x, round_to_step(size), stats[j], 1.0f);
+    stats[j] = tree_max(lane_maxima(x, round_to_step(size)));
+    stats[padded_blocks(a.vocab_size) + j] = sum_exp2(x, round_to_step(size), stats[j], kLog2e);
   }
 }
 
 double logprob(const TokenLogprobsArgs& a, const LogitRows& source, int64_t i, float* stats) {
   const Merged merged = merge_blocks(stats, stats + padded_blocks(a.vocab_size),
-                                     num_blocks(a.vocab_size), 1.0f, nullptr);
+                                     num_blocks(a.vocab_size), kLog2e, nullptr);
   return logit_at(source, a.rows[i], a.token_ids[i]) - log_normaliser(merged);
 }
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU kernels behind guided_sample and token_logprobs.
 
-The extension reads the plain forms of an argument by itself and declines the rest; only then does the
-slow path look closer, to name what is wrong or to bring the argument to a plain form.
+The extension reads the plain forms of an argument by itself and declines the rest; only then does
+the slow path look closer, to name what is wrong or to bring the argument to a plain form.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from ivg_fast.ops._sample_args import (
 )
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_CPU = torch.device("cpu")
 
 Source = tuple[int, int, int]
 
@@ -49,7 +48,7 @@ def _sources(*logits: Tensor | None) -> tuple[list[Source | None], int, int] | N
     return sources, shape[0], shape[1]
 
 
-def _check_device(name: str, logits: Tensor) -> None:
+def check_device(name: str, logits: Tensor) -> None:
     if not logits.is_cpu:
         raise InvalidParameterError(name, logits.device, "must be on the CPU for backend 'cpu'")
 
@@ -125,7 +124,7 @@ def sample_cpu(
         banned_ids=banned_ids,
         banned_until=banned_until,
     )
-    _check_device("base", base)
+    check_device("base", base)
     result = _try_sample(
         *(base, tuned, untuned, args.rows, args.weight, args.temperature),
         *(args.top_k, args.top_p, args.min_p, args.seeds, args.candidate_ids, args.positions),
@@ -134,3 +133,24 @@ def sample_cpu(
     if result is None:
         raise RuntimeError("the kernel declined arguments in their normal form")
     return result
+
+
+def try_token_logprobs(
+    logits: Tensor, minus: Tensor | None, token_ids: Any, logit_rows: Any
+) -> Tensor | None:
+    """token_logprobs (less those of `minus`) by the C++ kernel; None where it declines."""
+    try:
+        described = _sources(logits, minus)
+        if described is None:
+            return None
+        sources, num_rows, vocab_size = described
+        num_tokens = num_rows if logit_rows is None else len(logit_rows)
+    except (AttributeError, TypeError):
+        return None
+    result = torch.empty(num_tokens, dtype=torch.float32)
+    is_done = _C.token_logprobs(
+        *sources,
+        *(num_rows, vocab_size, num_tokens, token_ids, logit_rows),
+        *(result.data_ptr(), torch.get_num_threads()),
+    )
+    return result if is_done else None

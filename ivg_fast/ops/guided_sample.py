@@ -3,19 +3,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from ivg_fast.errors import InvalidParameterError
+from ivg_fast.ops._backend import Backend, choose_backend
 from ivg_fast.ops._cpu import sample_cpu
 from ivg_fast.ops._sample_args import FloatParam, GuidedSample, IntParam, SampleArgs, normalise
 from ivg_fast.ops.philox import IntArray, uniform
-
-Backend = Literal["auto", "cpu", "triton", "torch"]
-BACKENDS = ("auto", "cpu", "torch")
 
 
 def _thresholds(z: Tensor, args: SampleArgs) -> Tensor:
@@ -201,15 +196,12 @@ def guided_sample(
     Raises:
         InvalidParameterError: names the parameter and the value.
     """
-    if backend == "auto":
-        backend = "cpu" if base.is_cpu else "torch"
-    if backend == "cpu":
+    chosen = choose_backend(backend, base)
+    if chosen == "cpu":
         return sample_cpu(
             *(base, tuned, untuned, weight, temperature, top_k, top_p, min_p),
             *(seeds, candidate_ids, positions, logit_rows, banned_ids, banned_until),
         )
-    if backend != "torch":
-        raise InvalidParameterError("backend", backend, f"must be one of {', '.join(BACKENDS)}")
     with torch.no_grad():
         return guided_sample_ref(
             base,
