@@ -140,7 +140,7 @@ bool Search::select() {
   const auto is_finished = [](const Candidate* c) { return c->is_finished(); };
   if (length() >= spec.max_tokens ||
       std::all_of(order.begin(), order.begin() + num_kept, is_finished)) {
-    report();
+    finalize(Finish::kAbort);
     return true;
   }
   for (auto loser = order.begin() + num_kept; loser != order.end(); ++loser) release(*loser);
