@@ -264,6 +264,22 @@ TEST_CASE("the n best of the last pool, clones once") {
   CHECK(blocks.num_used() == 0);
 }
 
+TEST_CASE("what the end of the search leaves unfinished is reported as such") {
+  BlockPool blocks(100);
+  RequestSpec spec = make_spec(1, 3, 2, 10);
+  spec.num_outputs = 2;
+  Search search(spec, &blocks);
+  start(search);
+  draw(&search, 2);
+  search.pool[2].finish = Finish::kStop;
+  score(&search, {1, 2, 3});
+  CHECK(search.select());  // the only survivor is finished
+  CHECK(ids(search.pool) == Ids{2, 1});
+  CHECK(search.pool[0].finish == Finish::kStop);
+  CHECK(search.pool[1].finish == Finish::kAbort);
+  CHECK(blocks.num_used() == 0);
+}
+
 TEST_CASE("clones that survive twice are still one output") {
   BlockPool blocks(100);
   RequestSpec spec = make_spec(2, 2, 1, 3);

@@ -158,5 +158,6 @@ def n_best(ranked: list[Candidate], n: int) -> list[Candidate]:
     for candidate in ranked:
         is_clone = candidate.origin >= 0 and any(b.origin == candidate.origin for b in best)
         if not is_clone:
-            best.append(candidate)
+            finish = candidate.finish or ABORT  # the search ended before it did
+            best.append(dataclasses.replace(candidate, finish=finish))
     return best[:n]

@@ -141,14 +141,14 @@ def test_several_requests_match_the_search_model(seed: int, max_burst_steps: int
 def test_the_random_requests_cover_what_they_should() -> None:
     """The oracle is worth something only if its cases are not all easy."""
     rng = random.Random(0)
-    seen = {"selections": 0, "clones": 0, "stop": 0, "stop_text": 0, "length": 0, "unfinished": 0}
+    names = ["unfinished", "stop", "stop_text", "length", "abort"]
+    seen = dict.fromkeys(["selections", "clones", *names[1:]], 0)
     for _ in range(400):
         result = search(random_request(rng))
         seen["selections"] += result.num_selections > 2
         for candidate in result.candidates:
             seen["clones"] += candidate.origin >= 0
-            name = ["unfinished", "stop", "stop_text", "length"][candidate.finish]
-            seen[name] += 1
+            seen[names[candidate.finish]] += 1
     assert min(seen.values()) >= 10, seen
 
 
@@ -305,6 +305,7 @@ def test_errors_are_typed_and_change_nothing() -> None:
     with pytest.raises(TypeError):
         scheduler.add_request(prompt_lens=[3], max_tokens=5, seed=-1)
     assert not scheduler.has_unfinished
+    assert scheduler.plan().sample_tables.shape == (0, 0)
     request_id = scheduler.add_request(
         prompt_lens=[3], max_tokens=2, num_candidates=2, has_scorer=True
     )
