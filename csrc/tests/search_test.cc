@@ -151,7 +151,10 @@ TEST_CASE("selection agrees with sorting everything") {
       draw(&search, 3);
       std::vector<double> scores;
       for (Candidate& candidate : search.pool) {
-        if (!candidate.is_finished() && rng() % 5 == 0) candidate.finish = Finish::kStop;
+        if (!candidate.is_finished() && rng() % 5 == 0) {
+          candidate.finish = Finish::kStopText;
+          candidate.stop_index = static_cast<int32_t>(rng() % 3);
+        }
         // Few distinct values: ties. A clone keeps the score that it has.
         scores.push_back(candidate.recent.empty() ? candidate.score : static_cast<int>(rng() % 4));
       }
@@ -160,11 +163,12 @@ TEST_CASE("selection agrees with sorting everything") {
         double score;
         int32_t id;
         bool is_finished;
+        int32_t stop_index;
         Ids tokens;
       };
       std::vector<Row> rows;
       for (const Candidate& c : search.pool) {
-        rows.push_back({c.score, c.id, c.is_finished(), tokens(c)});
+        rows.push_back({c.score, c.id, c.is_finished(), c.stop_index, tokens(c)});
       }
       std::sort(rows.begin(), rows.end(), [](const Row& a, const Row& b) {
         return a.score != b.score ? a.score > b.score : a.id < b.id;
@@ -197,6 +201,7 @@ TEST_CASE("selection agrees with sorting everything") {
           CHECK(child.id == c * W + r);
           CHECK(child.is_finished() == rows[r].is_finished);
           CHECK(child.is_scored == rows[r].is_finished);
+          CHECK(child.stop_index == rows[r].stop_index);
           CHECK(tokens(child) == rows[r].tokens);
           CHECK(child.score == rows[r].score);
         }

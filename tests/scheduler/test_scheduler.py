@@ -12,6 +12,8 @@ from search_model import (
     ABORT,
     DEADLINE,
     NUM_ROLES,
+    STOP_INDEX,
+    STOP_TEXT_FOUND,
     VALUE,
     Candidate,
     Request,
@@ -110,6 +112,7 @@ def assert_same_candidate(got: dict, want: Candidate) -> None:
     assert tuple(got["token_ids"].tolist()) == want.tokens
     assert got["candidate_id"] == want.id
     assert got["finish"] == want.finish
+    assert got["stop_index"] == (STOP_INDEX if want.finish == STOP_TEXT_FOUND else -1)
     assert got["score"] == want.score
     assert tuple(got["rewards"].tolist()) == want.rewards
     assert got["logprobs"].tolist() == [-t - 1.0 for t in range(len(want.tokens))]
