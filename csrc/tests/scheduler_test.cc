@@ -217,6 +217,30 @@ TEST_CASE("clones of a finished survivor are not scored again") {
   CHECK(result.candidates[0].length == 1);
 }
 
+TEST_CASE("history of a live request's candidates") {
+  Scheduler scheduler(make_config(1000, 2));
+  const int64_t id = scheduler.add_request(make_spec(1, 2, 4, 8));
+  CHECK_THROWS_AS(scheduler.history(id, 0), InvalidParameter);  // not branched yet
+  run_burst(&scheduler);
+  const auto tokens = [&](int32_t candidate_id) {
+    Ints out;
+    for (const TokenRecord& record : scheduler.history(id, candidate_id)) {
+      out.push_back(record.token);
+    }
+    return out;
+  };
+  CHECK(tokens(1) == Ints{1000, 1001});
+  CHECK_THROWS_AS(scheduler.history(id, 2), InvalidParameter);
+  CHECK_THROWS_AS(scheduler.history(id + 1, 0), InvalidParameter);
+  run_burst(&scheduler);
+  run_scores(&scheduler, [](int64_t, int32_t candidate) { return candidate; });
+  CHECK_THROWS_AS(scheduler.history(id, 0), InvalidParameter);  // selected, not forked yet
+  const BurstPlan& plan = scheduler.plan();
+  CHECK(tokens(0) == Ints{1000, 1001, 1002, 1003});  // in flight: what the fork has given it
+  scheduler.commit_tokens(Samples(plan).view());
+  CHECK(tokens(0) == Ints{1000, 1001, 1002, 1003, 4, 5});
+}
+
 TEST_CASE("without a scorer the boundary selects by itself, by candidate id") {
   Scheduler scheduler(make_config());
   RequestSpec spec = make_spec(1, 3, 0, 4);
