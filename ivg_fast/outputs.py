@@ -15,11 +15,13 @@ class CandidateOutput:
 
     Attributes:
         text: the response, special tokens left out and cut before a stop string.
-        token_ids: all sampled tokens: the end of text, or those that complete a stop string, included.
+        token_ids: all sampled tokens: the end of text, or those that complete a stop string,
+            included.
         score: by the scorer, of the whole response; 0.0 with scorer "none".
-        implicit_reward: sum of log tuned - log untuned over `token_ids`; 0.0 where the request does not
-            use the pair.
-        cumulative_logprob: log-probability of `token_ids` under the distribution they were drawn from.
+        implicit_reward: sum of log tuned - log untuned over `token_ids`; 0.0 where the request does
+            not use the pair.
+        cumulative_logprob: log-probability of `token_ids` under the distribution they were drawn
+            from.
         base_logprob: the same under the base model at temperature 1.
         finish_reason: "stop", "length", "abort" or "deadline".
         stop_reason: the stop string or the stop token id that ended it; None otherwise.
@@ -47,7 +49,8 @@ class SearchStats:
 
     Attributes:
         prefill_tokens: prompt tokens forwarded, by role.
-        decode_tokens: sampled tokens forwarded by the roles that tilt the distribution (base included).
+        decode_tokens: sampled tokens forwarded by the roles that tilt the distribution (base
+            included).
         score_tokens: sampled tokens forwarded by the roles that only score.
         num_selections: boundaries at which candidates were ranked.
         num_blocks_copied: KV blocks copied by forks.
@@ -66,7 +69,8 @@ class SearchStats:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A prompt's responses, best first, `n` at most (fewer where the last pool held fewer distinct ones).
+    """A prompt's responses, best first, `n` at most (fewer where the last pool held fewer distinct
+    ones).
 
     Attributes:
         prompt: the prompt's text; None where token ids were given.

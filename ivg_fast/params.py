@@ -66,14 +66,16 @@ class SearchParams:
         num_candidates: K, continuations of each survivor. W*K candidates run at a time.
         chunk_length: L, tokens between two selections; None: one chunk (best of W*K). With a single
             candidate (W*K = 1) there is nothing to select and chunks have no effect.
-        guidance: "none"; "implicit": z = base + w * (tuned - untuned); "explicit": z = base + w * value.
+        guidance: "none"; "implicit": z = base + w * (tuned - untuned); "explicit": z = base +
+            w * value.
         guidance_weight: w; may be negative.
-        scorer: "none"; "implicit": sum of log tuned - log untuned; "explicit": the value model; or a
-            callable of list[ScoreInput] that returns one finite number each.
+        scorer: "none"; "implicit": sum of log tuned - log untuned; "explicit": the value model; or
+            a callable of list[ScoreInput] that returns one finite number each.
         temperature: of the combined logits; 0: greedy.
         top_k: 0 or -1: no limit.
         top_p: in (0, 1]. min_p: in [0, 1]. Filters apply in the order top-k, top-p, min-p.
-        min_tokens: no stop token is sampled, and no stop string looked for, before that many tokens.
+        min_tokens: no stop token is sampled, and no stop string looked for, before that many
+            tokens.
         stop: a string or strings that end a response; the text is cut before them.
         stop_token_ids: token ids that end a response, beside the tokenizer's end of text.
         ignore_eos: end of text is an ordinary token.
@@ -81,8 +83,10 @@ class SearchParams:
         n: outputs to return, best first; at most W*K.
         logprobs: whether outputs carry `token_logprobs` and `token_rewards`.
         deadline_s: seconds after which the request ends with what it has; None: never.
-        score_eos_on_truncation: a candidate cut at max_tokens is scored with an end of text behind it.
-        dedup_finished: a finished survivor is one candidate of the next selection instead of K clones.
+        score_eos_on_truncation: a candidate cut at max_tokens is scored with an end of text behind
+            it.
+        dedup_finished: a finished survivor is one candidate of the next selection instead of K
+            clones.
 
     Raises:
         InvalidParameterError: names the field and the value.
@@ -130,7 +134,9 @@ class SearchParams:
             if self.seed >= 2**64:
                 raise InvalidParameterError("seed", self.seed, "must be below 2^64")
         if self.guidance not in GUIDANCE_KINDS:
-            raise InvalidParameterError("guidance", self.guidance, f"must be one of {GUIDANCE_KINDS}")
+            raise InvalidParameterError(
+                "guidance", self.guidance, f"must be one of {GUIDANCE_KINDS}"
+            )
         if not callable(self.scorer) and self.scorer not in GUIDANCE_KINDS:
             raise InvalidParameterError(
                 "scorer", self.scorer, f"must be one of {GUIDANCE_KINDS} or a callable"
@@ -242,9 +248,7 @@ class SearchParams:
         **options: Any,
     ) -> SearchParams:
         """The best of `num_candidates` whole responses: CBS(1, N, infinity)."""
-        return cls(
-            max_tokens=max_tokens, num_candidates=num_candidates, scorer=scorer, **options
-        )
+        return cls(max_tokens=max_tokens, num_candidates=num_candidates, scorer=scorer, **options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,9 +260,10 @@ class EngineConfig:
             `kv_memory_fraction` allows, but no more than `max_num_rows` rows could fill.
         kv_memory_fraction: share of the free memory that the pools of all roles may take.
         max_num_rows: candidates that run at a time, over all requests.
-        max_burst_steps: decode steps between two looks of the host at most. Results do not depend on it.
-        max_join_steps: a newcomer waits for the boundary of the requests of its chunk length, unless that
-            is more steps away than this; None: always.
+        max_burst_steps: decode steps between two looks of the host at most. Results do not depend
+            on it.
+        max_join_steps: a newcomer waits for the boundary of the requests of its chunk length,
+            unless that is more steps away than this; None: always.
         max_queued_requests: requests that may wait; None: no limit.
         num_threads: threads of the CPU kernels; None: torch.get_num_threads().
     """
@@ -275,7 +280,12 @@ class EngineConfig:
         _integer("max_num_rows", self.max_num_rows, 1)
         _integer("max_burst_steps", self.max_burst_steps, 1)
         _number("kv_memory_fraction", self.kv_memory_fraction, 0.0, 1.0, open_low=True)
-        minimums = {"num_blocks": 1, "max_join_steps": 0, "max_queued_requests": 1, "num_threads": 1}
+        minimums = {
+            "num_blocks": 1,
+            "max_join_steps": 0,
+            "max_queued_requests": 1,
+            "num_threads": 1,
+        }
         for name, minimum in minimums.items():
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), minimum)

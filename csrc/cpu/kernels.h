@@ -35,10 +35,42 @@ struct CopyBlocksArgs {
   int32_t num_threads;
 };
 
+// Attention of packed queries over the paged cache. Row i has prompt_lens[i] prompt keys, in the
+// slots [0, P) of its first blocks, and response_lens[i] response keys, from the start of its block
+// number response_block_start[i] on; its queries are the last ones of these positions. Trusts every
+// index: AttentionBatch has checked them.
+struct PagedAttentionArgs {
+  const void* query;                    // [num_tokens, num_heads, key_size], strided
+  int64_t query_token_stride;           // elements
+  int64_t query_head_stride;            // elements
+  const void* key_pool;                 // [num_blocks, num_kv_heads, 16, key_size], contiguous
+  const void* value_pool;               // [num_blocks, num_kv_heads, 16, value_size], contiguous
+  void* out;                            // [num_tokens, num_heads, value_size], contiguous
+  const int32_t* block_table;           // [num_rows, table_width]
+  const int32_t* query_start_loc;       // [num_rows + 1]
+  const int32_t* prompt_lens;           // [num_rows]
+  const int32_t* response_lens;         // [num_rows]
+  const int32_t* response_block_start;  // [num_rows]
+  const float* sinks;                   // [num_heads], or null
+  int64_t num_rows;
+  int64_t table_width;
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  int64_t key_size;        // 1..kMaxHeadSize
+  int64_t value_size;      // 1..kMaxHeadSize
+  int64_t sliding_window;  // 0: none
+  float scale;
+  float soft_cap;  // 0: none
+  DType dtype;     // of query, pools and out
+  int32_t num_threads;
+};
+constexpr int64_t kMaxHeadSize = 512;
+
 // name, argument struct
-#define IVG_FOR_EACH_KERNEL(X) \
-  X(write_kv, WriteKvArgs)     \
-  X(copy_blocks, CopyBlocksArgs)
+#define IVG_FOR_EACH_KERNEL(X)   \
+  X(write_kv, WriteKvArgs)       \
+  X(copy_blocks, CopyBlocksArgs) \
+  X(paged_attention, PagedAttentionArgs)
 
 struct CpuKernels {
   const char* isa;

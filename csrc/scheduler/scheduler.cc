@@ -87,7 +87,7 @@ int64_t Scheduler::add_request(RequestSpec spec) {
   return next_id_++;
 }
 
-Scheduler::Request& Scheduler::find(int64_t request_id) {
+Scheduler::Request& Scheduler::find(int64_t request_id) const {
   const auto it = live_.find(request_id);
   require(it != live_.end(), "request_id", request_id, "must be a live request");
   return *it->second;
@@ -131,6 +131,13 @@ void Scheduler::finish(Request* request) {
   reserved_blocks_ -= search.spec.worst_case_blocks();
   reserved_rows_ -= search.spec.pool_size();
   running_.erase(std::find_if(running_.begin(), running_.end(), is_it));
+}
+
+std::vector<TokenRecord> Scheduler::history(int64_t request_id, int32_t candidate_id) const {
+  for (const Candidate& candidate : find(request_id).search.pool) {
+    if (candidate.id == candidate_id) return candidate.history();
+  }
+  throw InvalidParameter("candidate_id", candidate_id, "must be in the request's pool");
 }
 
 std::vector<int64_t> Scheduler::take_finished() { return std::exchange(finished_, {}); }

@@ -145,6 +145,9 @@ class Scheduler {
   bool commit_scores(int64_t request_id, const double* scores, int32_t num_scores,
                      const float* rewards, int32_t rewards_stride);
 
+  // What a candidate of a live request's pool has committed, oldest first.
+  std::vector<TokenRecord> history(int64_t request_id, int32_t candidate_id) const;
+
   // Requests that have ended since the last call, in the order in which they did.
   std::vector<int64_t> take_finished();
   // The result of an ended request, once.
@@ -171,7 +174,7 @@ class Scheduler {
   };
 
   void validate(const RequestSpec& spec) const;
-  Request& find(int64_t request_id);
+  Request& find(int64_t request_id) const;
   void admit();
   bool may_start(const Request& request) const;
   int32_t burst_steps(const std::vector<Request*>& taking_part) const;

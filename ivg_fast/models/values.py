@@ -2,15 +2,13 @@
 """How the engine asks a value function for scores.
 
 Two kinds. A `PrefixValue` maps hidden states of the value role to scores; that role runs the
-sampled tokens on the paged cache as every other does. A `TextValue` sees texts: any Python
+sampled tokens on the paged cache as every other does. A callable (`Scorer`) sees texts: any Python
 callable, so also a model with another tokenizer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,26 +16,7 @@ import torch
 from ivg_fast.errors import ScorerError, UnsupportedModelError
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.value_head import ValueHeadModel
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreInput:
-    """One candidate as a callable scorer sees it.
-
-    Attributes:
-        prompt: the prompt's text, or its token ids where it was given so.
-        response: the candidate's text so far.
-        token_ids: its sampled token ids.
-        is_finished: whether it has ended; an unfinished one may be continued.
-    """
-
-    prompt: str
-    response: str
-    token_ids: tuple[int, ...]
-    is_finished: bool
-
-
-TextValue = Callable[[list[ScoreInput]], Sequence[float]]
+from ivg_fast.params import ScoreInput, Scorer
 
 
 class PrefixValue(Protocol):
@@ -76,7 +55,7 @@ class VocabularyHeadValue:
         return (hidden.float() * self._weight[token_ids].float()).sum(-1)
 
 
-def call_text_value(scorer: TextValue, inputs: list[ScoreInput]) -> list[float]:
+def call_text_value(scorer: Scorer, inputs: list[ScoreInput]) -> list[float]:
     """Calls `scorer` and checks what it returns.
 
     Raises:
