@@ -103,8 +103,10 @@ class NaiveResult:
         outputs: the n best of the last pool, clones once.
         selections: every ranking, the last one included.
         min_gap: the smallest distance at which another arithmetic could decide otherwise: of
-            neighbouring scores of different candidates in a ranking, of u to an edge of its token's
+            neighbouring scores of different texts in a ranking, of u to an edge of its token's
             interval, of an entry to the border of a filter.
+        num_twin_ties: neighbours in a ranking with one text, drawn twice; they tie by their ids
+            where equal texts have equal scores, which a batch does not promise to the last bit.
         num_sampled: tokens drawn.
         num_decode_rows: forwards of one token that a cache and a branch leave to do: one a live
             candidate and token inside a chunk, one an unfinished survivor at its end. A role that
@@ -115,6 +117,7 @@ class NaiveResult:
     outputs: list[NaiveOutput]
     selections: list[Selection]
     min_gap: float
+    num_twin_ties: int
     num_sampled: int
     num_decode_rows: int
     num_appended: int
@@ -197,7 +200,7 @@ class NaiveSearch:
         self.prompt = tuple(prompt_ids)
         self.eos = models.tokenizer.eos_token_id
         self.gap = math.inf
-        self.num_sampled = self.num_decode_rows = 0
+        self.num_sampled = self.num_decode_rows = self.num_twin_ties = 0
         self.appended: set[int] = set()
         self.num_lineages = 0
 
@@ -233,6 +236,7 @@ class NaiveSearch:
                     outputs=self.best(ranking),
                     selections=selections,
                     min_gap=self.gap,
+                    num_twin_ties=self.num_twin_ties,
                     num_sampled=self.num_sampled,
                     num_decode_rows=self.num_decode_rows,
                     num_appended=len(self.appended),
@@ -299,7 +303,7 @@ class NaiveSearch:
             candidate.finish_reason = "stop"
             is_eos = token == self.eos and not params.ignore_eos
             candidate.stop_reason = None if is_eos else token
-        elif hit and position >= params.min_tokens:
+        elif hit and position + 1 >= params.min_tokens:
             candidate.finish_reason, candidate.stop_reason = "stop", hit[1]
             candidate.text = candidate.text[: hit[0]]
             candidate.needs_eos = True
@@ -336,12 +340,18 @@ class NaiveSearch:
 
     def look_for_ties(self, ranking: list[NaiveCandidate]) -> None:
         scorer = self.params.scorer
-        if scorer == "none":
-            return
         for better, worse in itertools.pairwise(ranking):
             gap = better.score - worse.score
             # Clones tie in any arithmetic, and so do equal returns of a callable.
-            if better.lineage != worse.lineage and not (callable(scorer) and gap == 0):
+            if (
+                scorer == "none"
+                or better.lineage == worse.lineage
+                or (callable(scorer) and not gap)
+            ):
+                continue
+            if better.token_ids == worse.token_ids:
+                self.num_twin_ties += 1
+            else:
                 self.gap = min(self.gap, gap)
 
     def best(self, ranking: list[NaiveCandidate]) -> list[NaiveOutput]:
