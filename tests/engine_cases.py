@@ -8,7 +8,8 @@ its own, made from the same seeds.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,9 +18,10 @@ from naive_search import NaiveModels, NaiveOutput, NaiveResult, NaiveSearch
 from tiny_models import redraw_weights, tiny_config, tiny_model, tiny_tokenizer
 from transformers import AutoModel
 
+from ivg_fast.engine import Engine
 from ivg_fast.models.value_head import ValueHeadModel
 from ivg_fast.outputs import RequestOutput
-from ivg_fast.params import ScoreInput, SearchParams
+from ivg_fast.params import EngineConfig, ScoreInput, SearchParams
 
 SHAPES = ("gpt2", "llama", "mistral", "qwen3", "gemma2")
 GUIDANCE = ("none", "implicit", "explicit")
@@ -30,6 +32,15 @@ NEAR_TIE = 1e-5
 # The guides have another shape than the base, so that no role can stand in for another.
 _PAIR_SHAPE = {"gpt2": "llama", "llama": "gpt2", "mistral": "llama", "qwen3": "mistral"}
 _VALUE_SHAPE = {"gpt2": "gpt2", "llama": "mistral", "mistral": "gpt2", "gemma2": "gemma2"}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Two threads on these models wait for each other more than they compute."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def fresh_seed() -> int:
@@ -89,10 +100,8 @@ class Family:
     def naive(self) -> NaiveModels:
         return NaiveModels(tokenizer=self.tokenizer(), **self.roles())
 
-    def engine(self, **config: Any) -> Any:
+    def engine(self, **config: Any) -> Engine:
         from ivg_fast.engine import Engine
-
-        from ivg_fast.params import EngineConfig
 
         roles = self.roles()
         options = {"num_blocks": 2000, "num_threads": 1, **config}
@@ -150,9 +159,9 @@ def random_case(
     }
     if rng.random() < 0.3:
         options["stop_token_ids"] = rng.sample(range(family.vocab_size), 2)
-    if rng.random() < 0.3:
-        options["min_tokens"] = rng.randint(1, options["max_tokens"])
     options.update(fixed)
+    if rng.random() < 0.3:
+        options.setdefault("min_tokens", rng.randint(1, options["max_tokens"]))
     pool_size = options["beam_width"] * options["num_candidates"]
     if scorer == "none" and pool_size > 1:
         options["chunk_length"] = None
@@ -178,7 +187,7 @@ def random_cases(rng: random.Random, family: Family, models: NaiveModels) -> lis
     return cases
 
 
-def run_engine(engine: Any, cases: Sequence[Case]) -> list[RequestOutput]:
+def run_engine(engine: Engine, cases: Sequence[Case]) -> list[RequestOutput]:
     """All cases at once, in their order."""
     return engine.generate(
         [case.prompt for case in cases],

@@ -18,6 +18,7 @@ from engine_cases import (
     compare,
     differences,
     fresh_seed,
+    one_thread,
     random_case,
     random_cases,
     random_prompt,
@@ -47,8 +48,9 @@ def engine(shape: str, **config):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _close_engines():
-    yield
+def _drop_models():
+    with one_thread():
+        yield
     engine.cache_clear()
     solved.cache_clear()
     naive.cache_clear()
