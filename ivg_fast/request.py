@@ -57,7 +57,7 @@ class LiveRequest:
     deadline: float | None = None
     prompt_outputs: dict[str, Tensor] = field(default_factory=dict)
     stats: SearchStats = field(default_factory=SearchStats)
-    error: Exception | None = None
+    error: BaseException | None = None
 
     @classmethod
     def create(
