@@ -26,8 +26,9 @@ from ivg_fast.models.value_head import ValueHeadModel
 class ModelRunner:
     """One model plus its KV pools, one K and one V tensor a layer, [num_blocks, Hkv, 16, D].
 
-    The model is switched to the paged attention function and stays so until `close`; meanwhile it
-    runs only through a runner. Several runners may share one model, each with pools of its own.
+    The model is put in eval mode and switched to the paged attention function, and stays so until
+    `close`; meanwhile it runs only through a runner. Several runners may share one model, each with
+    pools of its own.
 
     Args:
         model: a causal language model of transformers, or a ValueHeadModel, on one device.
@@ -54,7 +55,7 @@ class ModelRunner:
         self_test: bool = True,
         num_threads: int | None = None,
     ) -> None:
-        self.model = model
+        self.model = model.eval()
         self.role = role
         self.num_threads = num_threads
         self._head = model.score_head if isinstance(model, ValueHeadModel) else None
