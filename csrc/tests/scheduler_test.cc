@@ -123,8 +123,14 @@ TEST_CASE("rows say which roles forward them") {
 TEST_CASE("finished candidates leave the batch at the next burst, shorter requests are pads") {
   Scheduler scheduler(make_config(1000, 4));
   scheduler.add_request(make_spec(1, 3, 8, 40));
-  scheduler.add_request(make_spec(1, 2, 8, 2));
+  scheduler.add_request(make_spec(1, 2, 8, 2, 50));
   const BurstPlan& first = scheduler.plan();
+  CHECK(first.prompt_blocks == Ints{2, 4});
+  for (int32_t b = 0; b < 5; ++b) {
+    const int32_t* table = first.sample_tables.data() + b * first.table_width;
+    const int32_t block = table[first.prompt_blocks[first.sample_request[b]]];
+    CHECK(first.sample_slots[b] == block * kBlockSize);
+  }
   CHECK(first.num_steps == 4);
   CHECK(first.sample_steps == Ints{4, 4, 4, 2, 2});
   for (int32_t step = 0; step < 4; ++step) {
@@ -200,7 +206,10 @@ TEST_CASE("clones of a finished survivor are not scored again") {
   CHECK(plan.sample_row == Ints{0, 0});
   CHECK(plan.row_token == Ints{1});  // candidate 0's last: token 0 at response index 1
   scheduler.commit_tokens(Samples(plan).view());
-  CHECK(scheduler.plan_scores().row_candidate == Ints{1, 3});
+  const ScorePlan& again = scheduler.plan_scores();
+  CHECK(again.row_candidate == Ints{1, 3});
+  CHECK(again.row_start == Ints{2, 2});
+  CHECK(again.row_length == Ints{4, 4});
   const double second[] = {1, 2};
   CHECK(scheduler.commit_scores(0, second, 2, nullptr, 0));
   // Both clones outrank the others: the search is over.
