@@ -23,7 +23,8 @@ class CandidateOutput:
         cumulative_logprob: log-probability of `token_ids` under the distribution they were drawn
             from.
         base_logprob: the same under the base model at temperature 1.
-        finish_reason: "stop", "length", "abort" or "deadline".
+        finish_reason: "stop", "length", "abort" or "deadline". "abort" is also what an unfinished
+            candidate has that ranked below the winners when these ended the search.
         stop_reason: the stop string or the stop token id that ended it; None otherwise.
         candidate_id: of the last pool.
         token_logprobs: per token, as in cumulative_logprob; None unless asked for.

@@ -73,7 +73,8 @@ class SearchParams:
             a callable of list[ScoreInput] that returns one finite number each.
         temperature: of the combined logits; 0: greedy.
         top_k: 0 or -1: no limit.
-        top_p: in (0, 1]. min_p: in [0, 1]. Filters apply in the order top-k, top-p, min-p.
+        top_p: in (0, 1]; 1: no limit. Filters apply in the order top-k, top-p, min-p.
+        min_p: in [0, 1]: the least probability, as a share of the largest; 0: no limit.
         min_tokens: no stop token is sampled, and no stop string looked for, before that many
             tokens.
         stop: a string or strings that end a response; the text is cut before them.

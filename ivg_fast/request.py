@@ -132,9 +132,10 @@ class LiveRequest:
         if candidate["finish"] == FINISH_STOP:
             stop_reason = tokens[-1]
         elif candidate["finish"] == FINISH_STOP_TEXT:
-            stop_reason = self.params.stop[candidate["stop_index"]]
-            start = len(decode(tokenizer, tokens[:-1])) - len(stop_reason) + 1
-            text = text[: text.index(stop_reason, max(start, 0))]
+            stop = self.params.stop[candidate["stop_index"]]
+            start = len(decode(tokenizer, tokens[:-1])) - len(stop) + 1
+            text = text[: text.index(stop, max(start, 0))]
+            stop_reason = stop
         wants_tokens = self.params.logprobs
         return CandidateOutput(
             text=text,

@@ -130,7 +130,9 @@ def tiny_model(
     """A random decoder of shape `name` (one of TINY_MODELS) in eval mode, a function of `seed`."""
     model = AutoModelForCausalLM.from_config(tiny_config(name, vocab_size, **overrides))
     redraw_weights(model, seed)
-    return model.to(dtype).eval().requires_grad_(False)
+    for parameter in model.parameters():  # not the buffers: rotary frequencies stay in float32
+        parameter.data = parameter.data.to(dtype)
+    return model.eval().requires_grad_(False)
 
 
 def redraw_weights(model: torch.nn.Module, seed: int) -> None:

@@ -10,5 +10,6 @@ namespace py = pybind11;
 
 void bind_scheduler(py::module_& m);
 void bind_kv(py::module_& m);
+void bind_sample(py::module_& m);
 
 }  // namespace ivg::bindings

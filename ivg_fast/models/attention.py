@@ -212,9 +212,10 @@ def _by_token(states: torch.Tensor) -> torch.Tensor:
 
 def _metadata(batch: ForwardBatch, first_row: int, first_token: int) -> AttentionMetadata:
     """Metadata of the rows from `first_row` on, whose tokens start at `first_token`."""
+    query_start_loc = batch.query_start_loc[first_row:]
     return AttentionMetadata.build(
         block_table=batch.block_table[first_row:],
-        query_start_loc=batch.query_start_loc[first_row:] - first_token,
+        query_start_loc=query_start_loc - first_token if first_token else query_start_loc,
         prompt_lens=batch.prompt_lens[first_row:],
         response_lens=batch.response_lens[first_row:],
         response_block_start=batch.response_block_start[first_row:],

@@ -33,7 +33,8 @@ def load_model(
             in float16; a torch dtype or its name is taken as it is.
 
     Raises:
-        InvalidParameterError: a dtype that is not float32, bfloat16 or float16.
+        InvalidParameterError: a dtype that is not float32, bfloat16 or float16; or weights are
+            missing from the checkpoint (which transformers would fill with random numbers).
         OSError: no such checkpoint, or one without safetensors.
     """
     dtype = checked_dtype(dtype)
@@ -44,9 +45,14 @@ def load_model(
             _convert(path_or_model, dtype)
         return path_or_model.eval()
     name = os.fspath(path_or_model)
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, use_safetensors=True, trust_remote_code=False
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        name,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
+    check_complete("path_or_model", name, loading)
     return place(model, name, device, dtype)
 
 
@@ -63,6 +69,14 @@ def checked_dtype(dtype: torch.dtype | str) -> torch.dtype | Literal["auto"]:
     if chosen not in _SERVED_DTYPES:
         raise InvalidParameterError("dtype", dtype, "must be auto, float32, bfloat16 or float16")
     return chosen
+
+
+def check_complete(parameter: str, name: str, loading: dict[str, Any]) -> None:
+    """InvalidParameterError where the checkpoint `name` lacked weights, from its loading info."""
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        listed = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise InvalidParameterError(parameter, name, f"must hold every weight (no {listed})")
 
 
 def place(

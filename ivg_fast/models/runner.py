@@ -26,8 +26,9 @@ from ivg_fast.models.value_head import ValueHeadModel
 class ModelRunner:
     """One model plus its KV pools, one K and one V tensor a layer, [num_blocks, Hkv, 16, D].
 
-    The model is switched to the paged attention function and stays so until `close`; meanwhile it
-    runs only through a runner. Several runners may share one model, each with pools of its own.
+    The model is put in eval mode and switched to the paged attention function, and stays so until
+    `close`; meanwhile it runs only through a runner. Several runners may share one model, each with
+    pools of its own.
 
     Args:
         model: a causal language model of transformers, or a ValueHeadModel, on one device.
@@ -54,7 +55,7 @@ class ModelRunner:
         self_test: bool = True,
         num_threads: int | None = None,
     ) -> None:
-        self.model = model
+        self.model = model.eval()
         self.role = role
         self.num_threads = num_threads
         self._head = model.score_head if isinstance(model, ValueHeadModel) else None
@@ -140,14 +141,28 @@ class ModelRunner:
     @torch.inference_mode()
     def hidden(self, batch: ForwardBatch) -> torch.Tensor:
         """Like `forward`, but the hidden states [N, H] before the head of a ValueHeadModel."""
-        if self._head is None:
-            raise UnsupportedModelError(
-                f"{self.role} must have a vocabulary value head to give hidden states, "
-                f"got {type(self.model).__name__}"
-            )
+        _ = self._value_head
         with attention_context(PagedContext(self._layers, batch, self.num_threads)):
             states = self._call(batch).last_hidden_state[0]
         return states.index_select(0, batch.logit_positions)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """score_head.weight [V, H] of a ValueHeadModel."""
+        return self._value_head.weight
+
+    @torch.inference_mode()
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Token values s(. | prefix) [N, V] from hidden states [N, H] of a ValueHeadModel."""
+        return self._value_head(hidden)
+
+    @property
+    def _value_head(self) -> torch.nn.Linear:
+        if self._head is None:
+            raise UnsupportedModelError(
+                f"{self.role} must be a ValueHeadModel, got {type(self.model).__name__}"
+            )
+        return self._head
 
     def use_attention(self, name: str) -> None:
         """Switches the model between the paged and another registered attention function."""
@@ -190,8 +205,8 @@ class ModelRunner:
         shapes = probe.layer_shapes
         if set(shapes) != set(range(num_layers)):
             raise UnsupportedModelError(
-                f"{self.role}: model type {kind!r} sends {len(shapes)} of its "
-                f"{num_layers} layers through the attention interface; all must go through it"
+                f"{self.role}: model type {kind!r} has {num_layers} layers by its config, but "
+                f"{len(shapes)} attend through the attention interface; all must"
             )
         width = output.logits.shape[-1] if self._head is None else self._head.out_features
         return [shapes[i] for i in range(num_layers)], width

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Root mean square over the vocabulary of (paged - stock), in units of the stock logits' spread, at
 # the worst position of a step in float32. In half precision the two sum in different orders and a
 # mixture of experts may even route a token elsewhere, so there the median position counts.
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.15}
 
 # (step of the prompt, its tokens, the response tokens of each later step) of each row
 _ROWS = (

@@ -31,7 +31,7 @@ def layer_windows(config: Any, num_layers: int) -> list[int | None]:
     window = getattr(text, "sliding_window", None)
     layer_types = getattr(text, "layer_types", None)
     if window is None or not layer_types:
-        return [None] * num_layers
+        return [window] * num_layers
     return [window if kind == "sliding_attention" else None for kind in layer_types]
 
 

@@ -4,23 +4,18 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from transformers import AutoModel
+from safetensors.torch import load_file
+from transformers import MODEL_MAPPING, AutoConfig
 from transformers.utils.hub import cached_file
 
 from ivg_fast.errors import InvalidParameterError
-from ivg_fast.models.loading import checked_dtype, place
-
-logger = logging.getLogger("ivg_fast")
+from ivg_fast.models.loading import check_complete, checked_dtype, place
 
 HEAD_NAME = "score_head.weight"
-_SINGLE_FILE = "model.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
 
 
 class ValueHeadModel(torch.nn.Module):
@@ -83,24 +78,18 @@ def load_value_model(
     """
     name = os.fspath(path)
     dtype = checked_dtype(dtype)
-    head = _read_tensor(name, HEAD_NAME)
-    backbone, loading = AutoModel.from_pretrained(
-        name,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
+    state: dict[str, torch.Tensor] = {}
+    for file in _weight_files(name):
+        state.update(load_file(file))
+    head = state.pop(HEAD_NAME, None)
+    if head is None or head.ndim != 2:
+        raise InvalidParameterError("value", name, f"must hold {HEAD_NAME} of shape [V, H]")
+    state.pop("lm_head.weight", None)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    backbone, loading = MODEL_MAPPING[type(config)].from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
-    if loading["missing_keys"]:
-        missing = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise InvalidParameterError(
-            "value", name, f"must hold every backbone weight (no {missing})"
-        )
-    unused = sorted(set(loading["unexpected_keys"]) - {HEAD_NAME, "lm_head.weight"})
-    if unused:
-        logger.warning("%s holds weights that its backbone has no place for: %s", name, unused)
-    if head.ndim != 2:
-        raise InvalidParameterError("value", tuple(head.shape), f"must hold {HEAD_NAME} as [V, H]")
+    check_complete("value", name, loading)
     score_head = torch.nn.Linear(head.shape[1], head.shape[0], bias=False, dtype=backbone.dtype)
     with torch.no_grad():
         score_head.weight.copy_(head)
@@ -109,23 +98,23 @@ def load_value_model(
     return model
 
 
-def _read_tensor(name: str, key: str) -> torch.Tensor:
-    """One tensor of a safetensors checkpoint, single or sharded."""
-    file = _find(name, _SINGLE_FILE)
-    if file is None:
-        index = _find(name, _INDEX_FILE)
-        if index is None:
-            raise InvalidParameterError(
-                "value", name, f"must hold {_SINGLE_FILE} or {_INDEX_FILE}; pickles are not loaded"
-            )
-        with open(index, encoding="utf-8") as lines:
-            shard = json.load(lines)["weight_map"].get(key)
-        file = shard and _find(name, shard)
-    if file is not None:
-        with safe_open(file, framework="pt") as tensors:
-            if key in tensors.keys():  # noqa: SIM118, not a mapping
-                return tensors.get_tensor(key)
-    raise InvalidParameterError("value", name, f"must hold {key}, the vocabulary value head")
+def _weight_files(name: str) -> list[str]:
+    """The safetensors files of a checkpoint, single or sharded."""
+    single = _find(name, "model.safetensors")
+    if single is not None:
+        return [single]
+    index = _find(name, "model.safetensors.index.json")
+    if index is None:
+        raise InvalidParameterError(
+            "value", name, "must hold model.safetensors or its shards; pickles are not loaded"
+        )
+    with open(index, encoding="utf-8") as lines:
+        shards = sorted(set(json.load(lines)["weight_map"].values()))
+    files = [(shard, _find(name, shard)) for shard in shards]
+    for shard, file in files:
+        if file is None:
+            raise InvalidParameterError("value", name, f"must hold the shard {shard}")
+    return [file for _, file in files if file is not None]
 
 
 def _find(name: str, file: str) -> str | None:

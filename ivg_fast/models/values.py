@@ -1,62 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the engine asks a value function for scores.
+"""How value functions measure tokens and texts.
 
-Two kinds. A `PrefixValue` maps hidden states of the value role to scores; that role runs the
-sampled tokens on the paged cache as every other does. A callable (`Scorer`) sees texts: any Python
-callable, so also a model with another tokenizer.
+Two kinds. A value that lives in a role of the engine (the implicit pair, an explicit vocabulary
+head) measures a token from that role's output at the position before it; the role runs the sampled
+tokens on the paged cache as every other does. A callable sees texts, so it may be anything.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from ivg_fast.errors import ScorerError, UnsupportedModelError
+from ivg_fast.errors import ScorerError
 from ivg_fast.models.runner import ModelRunner
-from ivg_fast.models.value_head import ValueHeadModel
+from ivg_fast.ops.token_logprobs import pair_token_logprobs
 from ivg_fast.params import ScoreInput, Scorer
 
 
-class PrefixValue(Protocol):
-    """A value that reads hidden states of the value role's runner.
+class TokenScorer:
+    """Measures given tokens from model outputs.
 
-    Attributes:
-        runner: writes the tokens and gives the hidden states.
-        reads_own_token: True if V(x, y<=t) needs the hidden state of y_t itself (a scalar head);
-            False if that of the token before it will do (a vocabulary head).
+    Args:
+        runners: by role; those that are there decide what can be measured.
+        vocab_size: ids that all models share; wider logits are cut to it.
     """
 
-    runner: ModelRunner
-    reads_own_token: bool
-
-    def score(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """f32 [N]: V of N prefixes that end in `token_ids` i64 [N], from hidden states [N, H]."""
-        ...
-
-
-class VocabularyHeadValue:
-    """V(x, y<=t) = w_{y_t} . h_{t-1}: one dot product a candidate."""
-
-    reads_own_token = False
-
-    def __init__(self, runner: ModelRunner) -> None:
-        if not isinstance(runner.model, ValueHeadModel):
-            raise UnsupportedModelError(
-                f"{runner.role} must be a ValueHeadModel, got {type(runner.model).__name__}"
-            )
-        self.runner = runner
-        self._weight = runner.model.score_head.weight
+    def __init__(self, runners: Mapping[str, ModelRunner], vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._head = runners["value"].head_weight if "value" in runners else None
 
     @torch.inference_mode()
-    def score(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """`hidden` [N, H] is of the token before each of `token_ids`; sums in float32."""
-        return (hidden.float() * self._weight[token_ids].float()).sum(-1)
+    def scores(
+        self,
+        kind: str,
+        outputs: Sequence[torch.Tensor],
+        rows: NDArray[np.integer],
+        tokens: NDArray[np.integer],
+    ) -> NDArray[np.float64]:
+        """What each token is worth to the value function `kind`.
+
+        Args:
+            kind: "implicit": log tuned - log untuned of the token; "explicit": V(x, y<=t) =
+                w_{y_t} . h_{t-1}.
+            outputs: "implicit": logits [R, V] of tuned and of untuned; "explicit": hidden states
+                [R, H] of the value role.
+            rows: [N], the row of `outputs` that stands right before each token.
+            tokens: [N] ids.
+
+        Returns:
+            float64 [N].
+        """
+        index = torch.from_numpy(rows.astype(np.int64))
+        ids = torch.from_numpy(tokens.astype(np.int64))
+        if kind == "implicit":
+            tuned, untuned = (logits[:, : self._vocab_size] for logits in outputs)
+            measured = pair_token_logprobs(tuned, untuned, ids, index)
+        else:
+            assert self._head is not None
+            measured = (outputs[0][index].float() * self._head[ids].float()).sum(-1)
+        return measured.double().numpy()
 
 
-def call_text_value(scorer: Scorer, inputs: list[ScoreInput]) -> list[float]:
-    """Calls `scorer` and checks what it returns.
+def call_scorer(scorer: Scorer, inputs: list[ScoreInput]) -> NDArray[np.float64]:
+    """Calls a user's scorer and checks what it returns: float64 [len(inputs)].
 
     Raises:
         ScorerError: it raised, or did not return one finite number an input.
@@ -71,4 +81,4 @@ def call_text_value(scorer: Scorer, inputs: list[ScoreInput]) -> list[float]:
     for i, score in enumerate(scores):
         if not math.isfinite(score):
             raise ScorerError(f"scorer {name} must return finite scores, got {score} for input {i}")
-    return scores
+    return np.array(scores)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,27 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Below this a temperature's reciprocal comes near the end of float32.
 MIN_TEMPERATURE = 1e-20
+
+
+class GuidedSample(NamedTuple):
+    """What guided_sample returns, one entry a sample.
+
+    Attributes:
+        token_ids: int64[B]; -1 where `valid` is False.
+        logprob: float32[B], under the distribution sampled (after temperature, bans and filters;
+            at temperature 0 under softmax(z)). NaN where `valid` is False, as the next three.
+        base_logprob: float32[B], log_softmax(base) at temperature 1.
+        implicit_reward: float32[B], log pi_tuned - log pi_untuned; 0 without a pair.
+        value: float32[B], tuned - untuned as given; tuned alone without untuned; 0 without tuned.
+        valid: bool[B].
+    """
+
+    token_ids: Tensor
+    logprob: Tensor
+    base_logprob: Tensor
+    implicit_reward: Tensor
+    value: Tensor
+    valid: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +66,14 @@ class SampleArgs:
     banned: Tensor
 
 
-def check_logits(name: str, logits: Tensor, base: Tensor | None = None) -> None:
+def check_logits(
+    name: str, logits: Tensor, base: Tensor | None = None, *, base_name: str = "base"
+) -> None:
     """Raise unless `logits` is [R, V] in a supported dtype, beside `base` of the same shape."""
     if not isinstance(logits, Tensor):
         raise InvalidParameterError(name, type(logits).__name__, "must be a torch.Tensor")
     if base is not None and logits.shape != base.shape:
-        requirement = f"must have the shape of base, {tuple(base.shape)}"
+        requirement = f"must have the shape of {base_name}, {tuple(base.shape)}"
         raise InvalidParameterError(name, tuple(logits.shape), requirement)
     if logits.dim() != 2:
         raise InvalidParameterError(name, tuple(logits.shape), "must have shape [rows, vocabulary]")
@@ -58,11 +82,11 @@ def check_logits(name: str, logits: Tensor, base: Tensor | None = None) -> None:
     if logits.dtype not in LOGIT_DTYPES:
         raise InvalidParameterError(name, logits.dtype, "must be float32, bfloat16 or float16")
     if logits.stride(1) != 1:
-        raise InvalidParameterError(
-            name, logits.stride(), "must have stride 1 along the vocabulary"
-        )
+        raise InvalidParameterError(name, logits.stride(), "must have columns of stride 1")
     if base is not None and logits.device != base.device:
-        raise InvalidParameterError(name, logits.device, f"must be on base's device, {base.device}")
+        raise InvalidParameterError(
+            name, logits.device, f"must be on {base.device} like {base_name}"
+        )
 
 
 def per_sample(
@@ -97,6 +121,29 @@ def _require(name: str, values: Tensor, is_good: Tensor, requirement: str) -> No
         raise InvalidParameterError(name, values[~is_good][0].item(), requirement)
 
 
+def check_rows(logit_rows: IntArray | None, logits: Tensor) -> Tensor:
+    """The row that each sample reads, int64 [B]; None: every row once, in order."""
+    num_rows, device = logits.shape[0], logits.device
+    if logit_rows is None:
+        return torch.arange(num_rows, device=device)
+    if isinstance(logit_rows, int) or getattr(logit_rows, "ndim", 1) != 1:
+        raise InvalidParameterError("logit_rows", logit_rows, "must have one dimension")
+    rows = per_sample("logit_rows", logit_rows, len(logit_rows), device)
+    if device.type == "cpu":
+        in_range = (rows >= 0) & (rows < num_rows)
+        _require("logit_rows", rows, in_range, f"must be in [0, {num_rows})")
+    return rows
+
+
+def check_token_ids(token_ids: IntArray, num_tokens: int, logits: Tensor) -> Tensor:
+    """Ids of given tokens, int64 [num_tokens]."""
+    tokens = per_sample("token_ids", token_ids, num_tokens, logits.device)
+    if logits.device.type == "cpu":
+        in_range = (tokens >= 0) & (tokens < logits.shape[1])
+        _require("token_ids", tokens, in_range, f"must be in [0, {logits.shape[1]})")
+    return tokens
+
+
 def check_values(args: SampleArgs) -> None:
     """Raise where a value is out of range. Only for tensors of the CPU: it reads them."""
     weight, temperature, top_p, min_p = args.weight, args.temperature, args.top_p, args.min_p
@@ -113,9 +160,7 @@ def check_values(args: SampleArgs) -> None:
     for name in ("candidate_ids", "positions"):
         values = getattr(args, name)
         _require(name, values, (values >= 0) & (values < 2**32), "must be in [0, 2^32)")
-    num_rows, vocab_size = args.base.shape
-    in_range = (args.rows >= 0) & (args.rows < num_rows)
-    _require("logit_rows", args.rows, in_range, f"must be in [0, {num_rows})")
+    vocab_size = args.base.shape[1]
     in_range = (args.banned_ids >= -1) & (args.banned_ids < vocab_size)
     _require("banned_ids", args.banned_ids, in_range, f"must be in [-1, {vocab_size}), -1 for none")
 
@@ -150,12 +195,8 @@ def normalise(
             raise InvalidParameterError("untuned", "a tensor", "needs tuned")
         check_logits("untuned", untuned, base)
     device = base.device
-    if logit_rows is None:
-        num_samples = base.shape[0]
-        rows = torch.arange(num_samples, device=device)
-    else:
-        rows = per_sample("logit_rows", logit_rows, np.size(logit_rows), device)
-        num_samples = rows.shape[0]
+    rows = check_rows(logit_rows, base)
+    num_samples = len(rows)
 
     def floats(name: str, values: FloatParam) -> Tensor:
         return per_sample(name, values, num_samples, device, floating=True)

@@ -3,38 +3,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from ivg_fast.errors import InvalidParameterError
-from ivg_fast.ops._sample_args import FloatParam, IntParam, SampleArgs, normalise
+from ivg_fast.ops._backend import Backend, choose_backend
+from ivg_fast.ops._cpu import sample_cpu
+from ivg_fast.ops._sample_args import FloatParam, GuidedSample, IntParam, SampleArgs, normalise
 from ivg_fast.ops.philox import IntArray, uniform
-
-Backend = Literal["auto", "cpu", "triton", "torch"]
-
-
-class GuidedSample(NamedTuple):
-    """What guided_sample returns, one entry a sample.
-
-    Attributes:
-        token_ids: int64[B]; -1 where `valid` is False.
-        logprob: float32[B], under the distribution sampled (after temperature, bans and filters;
-            at temperature 0 under softmax(z)). NaN where `valid` is False, as the next three.
-        base_logprob: float32[B], log_softmax(base) at temperature 1.
-        implicit_reward: float32[B], log pi_tuned - log pi_untuned; 0 without a pair.
-        value: float32[B], tuned - untuned as given; tuned alone without untuned; 0 without tuned.
-        valid: bool[B].
-    """
-
-    token_ids: Tensor
-    logprob: Tensor
-    base_logprob: Tensor
-    implicit_reward: Tensor
-    value: Tensor
-    valid: Tensor
 
 
 def _thresholds(z: Tensor, args: SampleArgs) -> Tensor:
@@ -220,8 +196,12 @@ def guided_sample(
     Raises:
         InvalidParameterError: names the parameter and the value.
     """
-    if backend not in ("auto", "torch"):
-        raise InvalidParameterError("backend", backend, "must be 'auto' or 'torch'")
+    chosen = choose_backend(backend, base)
+    if chosen == "cpu":
+        return sample_cpu(
+            *(base, tuned, untuned, weight, temperature, top_k, top_p, min_p),
+            *(seeds, candidate_ids, positions, logit_rows, banned_ids, banned_until),
+        )
     with torch.no_grad():
         return guided_sample_ref(
             base,

@@ -2,7 +2,7 @@
 """The addressed uniform: one number per (seed, candidate id, response index), from Philox4x32-10.
 
 Philox is the counter-based generator of Salmon et al., "Parallel random numbers: as easy as 1, 2,
-3" (SC 2011). Nothing is consumed: equal addresses give equal numbers on every device, in every
+3" (SC 2011). Nothing is consumed: equal addresses give equal numbers, on every device and in every
 batch.
 """
 
