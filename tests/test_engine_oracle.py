@@ -224,12 +224,20 @@ def test_planted_bugs_are_seen(bug: type[NaiveSearch]) -> None:
             chunk_length=2,
             max_tokens=10,
             top_k=0,
+            top_p=1.0,
+            min_p=0.0,
             temperature=1.5,
+            guidance_weight=0.5,
             ignore_eos=True,
+            stop_token_ids=(),
+            min_tokens=0,
         )
-        for _ in range(2)
+        for _ in range(4)
     ]
     outputs = run_engine(engine("gpt2", max_burst_steps=8), cases)
     assert_same(outputs, [case.solve(naive("gpt2")) for case in cases], cases)
-    for case, output in zip(cases, outputs, strict=True):
-        assert differences(output, case.solve(naive("gpt2"), bug), case)
+    seen = [
+        bool(differences(output, case.solve(naive("gpt2"), bug), case))
+        for case, output in zip(cases, outputs, strict=True)
+    ]
+    assert sum(seen) >= 3
