@@ -14,7 +14,7 @@ SLOTS_PER_BLOCK = tl.constexpr(16)
 @triton.jit
 def _parameter(values, i, is_tensor: tl.constexpr):
     if is_tensor:
-        return tl.load(values + i)
+        values = tl.load(values + i)
     return values
 
 

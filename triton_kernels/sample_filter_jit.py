@@ -32,11 +32,12 @@ def _is_searched(
     i, top_k, top_p, temperature, vocab_size, IS_MASS: tl.constexpr,
     TOP_K_TENSOR: tl.constexpr, TOP_P_TENSOR: tl.constexpr, TEMPERATURE_TENSOR: tl.constexpr,
 ):  # fmt: skip
-    is_drawn = _parameter(temperature, i, TEMPERATURE_TENSOR) > 0
     if IS_MASS:
-        return is_drawn & (_parameter(top_p, i, TOP_P_TENSOR) < 1)
-    k = _parameter(top_k, i, TOP_K_TENSOR)
-    return is_drawn & (k > 0) & (k < vocab_size)
+        is_limited = _parameter(top_p, i, TOP_P_TENSOR) < 1
+    else:
+        k = _parameter(top_k, i, TOP_K_TENSOR)
+        is_limited = (k > 0) & (k < vocab_size)
+    return is_limited & (_parameter(temperature, i, TEMPERATURE_TENSOR) > 0)
 
 
 @triton.jit

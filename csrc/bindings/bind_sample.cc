@@ -122,12 +122,10 @@ bool guided_sample(const py::object& base, const py::object& tuned, const py::ob
     return false;
   }
   thread_local Arena sample_arena;
-  thread_local Arena filter_arena;
-  const int64_t blocks = padded_blocks(vocab_size);
+  thread_local Arena work_arena;
   const int64_t num_bans = n * in.banned_ids.columns();
   sample_arena.reserve(Arena::bytes<SampleParams>(n) + Arena::bytes<int64_t>(n + 1) +
-                       Arena::bytes<int32_t>(num_bans) +
-                       Arena::bytes<float>(n * cpu::kStatsPerBlock * blocks));
+                       Arena::bytes<int32_t>(num_bans));
   auto* samples = sample_arena.take<SampleParams>(n);
   auto* group_begins = sample_arena.take<int64_t>(n + 1);
   auto* banned = sample_arena.take<int32_t>(num_bans);
@@ -139,7 +137,6 @@ bool guided_sample(const py::object& base, const py::object& tuned, const py::ob
   args.vocab_size = vocab_size;
   args.samples = samples;
   args.group_begins = group_begins;
-  args.stats = sample_arena.take<float>(n * cpu::kStatsPerBlock * blocks);
   for (int64_t i = 0; i < n; ++i) {
     SampleParams& p = samples[i];
     if (!read_sample(in, i, num_rows, vocab_size, min_temperature,
@@ -150,12 +147,14 @@ bool guided_sample(const py::object& base, const py::object& tuned, const py::ob
     args.has_filters |= p.top_k > 0 || p.top_p < 1 || p.min_p > 0;
   }
   group_begins[args.num_groups] = n;
-  if (args.has_filters) {
-    const int64_t size = cpu::kVocabBlock * cpu::kFilterArrays + cpu::kLanesPerBlock;
-    const int64_t workers = args.num_groups < num_threads ? args.num_groups : num_threads;
-    filter_arena.reserve(Arena::bytes<float>(workers * blocks * size));
-    args.filters = filter_arena.take<float>(workers * blocks * size);
-  }
+  const int64_t blocks = padded_blocks(vocab_size);
+  const int64_t stats_size = args.num_groups * cpu::kStatsPerBlock * blocks;
+  const int64_t workers = args.num_groups < num_threads ? args.num_groups : num_threads;
+  const int64_t worker_size = cpu::kVocabBlock * cpu::kFilterArrays + cpu::kLanesPerBlock;
+  const int64_t filters_size = args.has_filters ? workers * blocks * worker_size : 0;
+  work_arena.reserve(Arena::bytes<float>(stats_size) + Arena::bytes<float>(filters_size));
+  args.stats = work_arena.take<float>(stats_size);
+  args.filters = work_arena.take<float>(filters_size);
   args.token_ids = reinterpret_cast<int64_t*>(outputs[0]);
   args.logprob = reinterpret_cast<float*>(outputs[1]);
   args.base_logprob = reinterpret_cast<float*>(outputs[2]);

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ivg_fast.ops._backend import Backend, choose_backend
 from ivg_fast.ops._cpu import sample_cpu
+from ivg_fast.ops._custom_op import sample_traced
 from ivg_fast.ops._sample_args import FloatParam, GuidedSample, IntParam, SampleArgs, normalise
 from ivg_fast.ops._triton import sample_triton
 from ivg_fast.ops.philox import IntArray, uniform
@@ -203,7 +204,7 @@ def guided_sample(
         backend: "cpu" (C++), "triton", "torch" (the reference), or "auto", by base's device.
 
     Index arrays may be tensors or numpy arrays. Values are checked where they are on the CPU; those
-    in device memory are not read.
+    in device memory are not read. Under torch.compile this is the op ivg_fast::guided_sample.
 
     Returns:
         GuidedSample. The same inputs give the same ids, whatever the other samples are.
@@ -211,6 +212,16 @@ def guided_sample(
     Raises:
         InvalidParameterError: names the parameter and the value.
     """
+    if torch.compiler.is_compiling():
+        return sample_traced(
+            base,
+            tuned,
+            untuned,
+            (weight, temperature, top_k, top_p, min_p),
+            (seeds, candidate_ids, positions),
+            (logit_rows, banned_ids, banned_until),
+            backend,
+        )
     chosen = choose_backend(backend, base)
     if chosen == "cpu":
         return sample_cpu(

@@ -4,8 +4,8 @@
 The id is kept by the filters, and C[i-1] - eps <= u * Z <= C[i] + eps, with C and Z the cumulative
 mass and the total in float64 and eps = Z * (2^-20 + max|z/T| * 2^-23).
 
-A float32 backend may see a threshold on the other side of a hair, which changes the kept set: any set
-that a threshold within that hair allows is accepted, as a whole.
+A float32 backend may see a threshold on the other side of a hair, which changes the kept set: any
+set that a threshold within that hair allows is accepted, as a whole.
 """
 
 from __future__ import annotations
@@ -107,6 +107,6 @@ def violation(row: Row, token: int) -> str | None:
             if below - eps <= row.u * total <= float(cumulative[token]) + eps:
                 return None
             problem = problem or (
-                f"u * Z = {row.u * total} is outside [{below}, {float(cumulative[token])}], eps {eps}"
+                f"u * Z = {row.u * total} is outside [{below}, {float(cumulative[token])}] by {eps}"
             )
     return problem
