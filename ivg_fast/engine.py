@@ -6,9 +6,11 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -29,6 +31,9 @@ from ivg_fast.request import ROLES, LiveRequest
 from ivg_fast.scoring import ChunkScorer
 
 logger = logging.getLogger("ivg_fast")
+
+# A request that has ended: its id, and its output or what it failed with.
+Ended = tuple[int, RequestOutput | BaseException]
 
 
 class Engine:
@@ -158,14 +163,20 @@ class Engine:
         )
         self._scorer = ChunkScorer(self._runners, token_scorer, eos_id, self.tokenizer)
         self._factory = RequestFactory(
-            self._runners, self.tokenizer, self.vocab_size, eos_ids, eos_id
+            self._runners,
+            self.tokenizer,
+            self.vocab_size,
+            self.config.max_num_rows,
+            eos_ids,
+            eos_id,
         )
         self._live: dict[int, LiveRequest] = {}
+        self._uncollected: list[Ended] = []  # for the next step() to return
 
     def _affordable_blocks(self) -> int:
         block_bytes = sum(runner.bytes_per_block for runner in self._runners.values())
         budget = int(self.config.kv_memory_fraction * _available_memory())
-        num_blocks = min(budget // block_bytes, 2**31 // _C.BLOCK_SIZE - 1)
+        num_blocks = min(budget // block_bytes, 2**31 // _C.BLOCK_SIZE - 1)  # slots are int32
         limits = [r.max_position for r in self._runners.values() if r.max_position is not None]
         if limits:
             # A prompt and a response round up to whole blocks each.
@@ -209,14 +220,17 @@ class Engine:
         """
         requests = self._factory.create(prompts, params, seeds)
         outputs: dict[int, RequestOutput] = {}
-        failures: list[tuple[int, Exception]] = []
+        failures: list[tuple[int, BaseException]] = []
         ids: dict[int, int] = {}
         try:
             for index, request in enumerate(requests):
                 ids[self._submit(request)] = index
             with tqdm(total=len(requests), desc="ivg", unit="prompt", disable=not use_tqdm) as bar:
                 while len(outputs) + len(failures) < len(requests):
-                    for request_id, output in self.step():
+                    for request_id, output in self._run_step():
+                        if request_id not in ids:
+                            self._uncollected.append((request_id, output))
+                            continue
                         index = ids.pop(request_id)
                         if isinstance(output, RequestOutput):
                             outputs[index] = output
@@ -224,8 +238,7 @@ class Engine:
                             failures.append((index, output))
                         bar.update()
         finally:
-            for request_id in ids:  # empty unless something was raised
-                self.abort(request_id)
+            self._drop(ids)
         if failures:
             index, error = min(failures, key=lambda failure: failure[0])
             error.add_note(f"prompt {index} of {len(requests)} failed")
@@ -249,12 +262,16 @@ class Engine:
         """Ends a request; the next step returns what it has. False if it has ended already."""
         return self._scheduler.abort(request_id)
 
-    def step(self) -> list[tuple[int, RequestOutput | Exception]]:
+    def step(self) -> list[Ended]:
         """Runs one burst and the scoring behind it.
 
         Returns:
             The requests that ended: (request id, output, or the error that it failed with).
         """
+        ended, self._uncollected = self._uncollected, []
+        return ended + self._run_step()
+
+    def _run_step(self) -> list[Ended]:
         now = time.monotonic()
         for request in self._live.values():
             if request.deadline is not None and now >= request.deadline:
@@ -262,14 +279,9 @@ class Engine:
         plan = self._scheduler.plan()
         prefill = [self._live[i] for i in plan.prefill_request_ids.tolist()]
         taking_part = [self._live[i] for i in plan.request_ids.tolist()]
-        try:
-            with torch.inference_mode(), torch.profiler.record_function("ivg::burst"):
-                result = self._burst.run(plan, taking_part, prefill, self._scheduler.history)
-        except Exception as error:
-            result = BurstResult.empty(0, len(plan.sample_request))
-            for request in (*taking_part, *prefill):
-                request.error = error
-        self._abort_failed((*taking_part, *prefill))
+        result = BurstResult.empty(0, len(plan.sample_request))
+        with self._failing((*taking_part, *prefill)):
+            result = self._burst.run(plan, taking_part, prefill, self._scheduler.history)
         if taking_part:
             self._scheduler.commit_tokens(
                 result.tokens,
@@ -281,7 +293,12 @@ class Engine:
                 result.stop_index,
             )
         self._score()
-        return self._collect()
+        ended = self._collect()
+        for _, output in ended:
+            if not isinstance(output, RequestOutput | Exception):
+                self._uncollected += ended
+                raise output
+        return ended
 
     @property
     def has_unfinished(self) -> bool:
@@ -293,13 +310,9 @@ class Engine:
         requests = [self._live[i] for i in plan.request_ids.tolist()]
         if not requests:
             return
-        try:
-            with torch.inference_mode(), torch.profiler.record_function("ivg::score"):
-                scores, rewards = self._scorer.run(plan, requests, self._scheduler.history)
-        except Exception as error:
-            for request in requests:
-                request.error = error
-        self._abort_failed(requests)
+        scores, rewards = np.empty(0), None
+        with self._failing(requests):
+            scores, rewards = self._scorer.run(plan, requests, self._scheduler.history)
         begin = 0
         for request, num_rows in zip(requests, plan.num_rows.tolist(), strict=True):
             mine = slice(begin, begin + num_rows)
@@ -310,18 +323,33 @@ class Engine:
                 )
                 self._scheduler.commit_scores(request.request_id, scores[mine], measured)
 
-    def _abort_failed(self, requests: Iterable[LiveRequest]) -> None:
+    @contextmanager
+    def _failing(self, requests: Sequence[LiveRequest]) -> Iterator[None]:
+        """Work for these requests: where it raises, they fail; those with an error are ended."""
+        try:
+            with torch.inference_mode(), torch.profiler.record_function("ivg::step"):
+                yield
+        except BaseException as error:  # an interrupt too: the books must close first
+            for request in requests:
+                request.error = error
         for request in requests:
             if request.error is not None:
                 self._scheduler.abort(request.request_id)
 
-    def _collect(self) -> list[tuple[int, RequestOutput | Exception]]:
-        ended: list[tuple[int, RequestOutput | Exception]] = []
+    def _collect(self) -> list[Ended]:
+        ended: list[Ended] = []
         for request_id in self._scheduler.take_finished():
             result = self._scheduler.take_result(request_id)
             request = self._live.pop(request_id)
             ended.append((request_id, request.error or request.output(result, self.tokenizer)))
         return ended
+
+    def _drop(self, request_ids: Container[int]) -> None:
+        """Ends requests whose results nobody waits for."""
+        for request_id in list(self._live):
+            if request_id in request_ids:
+                self._scheduler.abort(request_id)
+        self._uncollected += [end for end in self._collect() if end[0] not in request_ids]
 
     def _submit(self, request: LiveRequest) -> int:
         request.request_id = self._scheduler.add_request(**request.spec())

@@ -28,6 +28,7 @@ class RequestFactory:
         runners: the models by role.
         tokenizer: the base model's, or None.
         vocab_size: ids that all models share.
+        max_num_rows: rows of a batch.
         eos_ids: ids that end a text; `eos_id`: the one that scoring appends, None if there is none.
     """
 
@@ -36,12 +37,14 @@ class RequestFactory:
         runners: Mapping[str, ModelRunner],
         tokenizer: Any,
         vocab_size: int,
+        max_num_rows: int,
         eos_ids: Sequence[int],
         eos_id: int | None,
     ) -> None:
         self._runners = runners
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._max_num_rows = max_num_rows
         self._eos_ids = eos_ids
         self._eos_id = eos_id
 
@@ -69,6 +72,11 @@ class RequestFactory:
         for index, (prompt, p) in enumerate(zip(items, every, strict=True)):
             if not isinstance(p, SearchParams):
                 raise InvalidParameterError("params", p, "must be SearchParams")
+            if p.pool_size > self._max_num_rows:
+                raise CapacityError(
+                    f"the request needs beam_width * num_candidates = {p.pool_size} rows, "
+                    f"max_num_rows is {self._max_num_rows}"
+                )
             if seeds is not None:
                 seed = _checked_seed(seeds[index])
             elif p.seed is None:

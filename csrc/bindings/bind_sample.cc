@@ -54,21 +54,25 @@ struct SamplingInputs {
 
 // False where a value is out of range.
 bool read_sample(const SamplingInputs& in, int64_t i, int64_t num_rows, int64_t vocab_size,
-                 float min_temperature, int32_t* banned, SampleParams* p) {
+                 double min_temperature, int32_t* banned, SampleParams* p) {
   const int64_t candidate_id = in.candidate_ids.integer(i);
   const int64_t position = in.positions.integer(i);
   p->row = in.has_rows ? in.rows.integer(i) : i;
-  p->weight = in.weight.real(i);
-  p->temperature = in.temperature.real(i);
+  const double weight = in.weight.real(i);
+  const double temperature = in.temperature.real(i);
+  const double top_p = in.top_p.real(i);
+  const double min_p = in.min_p.real(i);
   p->top_k = in.top_k.integer(i);
-  p->top_p = in.top_p.real(i);
-  p->min_p = in.min_p.real(i);
   if (!is_word(candidate_id) || !is_word(position) || p->row < 0 || p->row >= num_rows ||
-      !std::isfinite(p->weight) || !std::isfinite(p->temperature) ||
-      !(p->temperature == 0 || p->temperature >= min_temperature) || p->top_k < -1 ||
-      !(p->top_p > 0 && p->top_p <= 1) || !(p->min_p >= 0 && p->min_p <= 1)) {
+      !std::isfinite(weight) || !std::isfinite(temperature) ||
+      !(temperature == 0 || temperature >= min_temperature) || p->top_k < -1 ||
+      !(top_p > 0 && top_p <= 1) || !(min_p >= 0 && min_p <= 1)) {
     return false;
   }
+  p->weight = static_cast<float>(weight);
+  p->temperature = static_cast<float>(temperature);
+  p->top_p = static_cast<float>(top_p);
+  p->min_p = static_cast<float>(min_p);
   p->uniform =
       cpu::addressed_uniform(static_cast<uint64_t>(in.seeds.integer(i)),
                              static_cast<uint32_t>(candidate_id), static_cast<uint32_t>(position));
@@ -96,7 +100,7 @@ bool guided_sample(const py::object& base, const py::object& tuned, const py::ob
                    const py::object& top_k, const py::object& top_p, const py::object& min_p,
                    const py::object& seeds, const py::object& candidate_ids,
                    const py::object& positions, const py::object& banned_ids,
-                   const py::object& banned_until, float min_temperature,
+                   const py::object& banned_until, double min_temperature,
                    const std::array<uintptr_t, 6>& outputs, int32_t num_threads) {
   SamplingInputs in;
   in.has_rows = !rows.is_none();

@@ -79,11 +79,11 @@ class Numbers {
     }
   }
 
-  float real(int64_t i) const {
-    if (kind_ == 'F') return static_cast<float>(float_);
-    if (is_integer()) return static_cast<float>(integer(i));
+  double real(int64_t i) const {
+    if (kind_ == 'F') return float_;
+    if (is_integer()) return static_cast<double>(integer(i));
     const char* at = data_ + i * stride_;
-    return size_ == 4 ? read<float>(at) : static_cast<float>(read<double>(at));
+    return size_ == 4 ? read<float>(at) : read<double>(at);
   }
 
  private:

@@ -126,9 +126,9 @@ def sample_cpu(
     )
     check_device("base", base)
     result = _try_sample(
-        *(base, tuned, untuned, args.rows, args.weight, args.temperature),
-        *(args.top_k, args.top_p, args.min_p, args.seeds, args.candidate_ids, args.positions),
-        *(torch.where(args.banned, args.banned_ids, -1), None),
+        *(base, tuned, untuned, args.logit_rows),
+        *(args.weight, args.temperature, args.top_k, args.top_p, args.min_p),
+        *(args.seeds, args.candidate_ids, args.positions, args.banned_ids, args.banned_until),
     )
     if result is None:
         raise RuntimeError("the kernel declined arguments in their normal form")

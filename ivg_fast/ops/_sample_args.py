@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,26 +45,43 @@ class GuidedSample(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SampleArgs:
-    """The arguments as tensors on the logits' device: R rows of V logits, B samples.
+    """The arguments in one form, for B samples from R rows of V logits.
 
-    The sampling parameters are float32 (top_k int64) of length B; `banned` is bool[B, M] beside
-    `banned_ids`, already decided by position.
+    A sampling parameter is a number or a tensor [B] (float32, top_k int64); the index arrays are
+    int64 [B], banned_ids int64 [B, M]. Every tensor is on the device of the logits.
     """
 
     base: Tensor
     tuned: Tensor | None
     untuned: Tensor | None
-    weight: Tensor
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    min_p: Tensor
+    num_samples: int
+    weight: Tensor | float
+    temperature: Tensor | float
+    top_k: Tensor | int
+    top_p: Tensor | float
+    min_p: Tensor | float
     seeds: Tensor
     candidate_ids: Tensor
     positions: Tensor
-    rows: Tensor
-    banned_ids: Tensor
-    banned: Tensor
+    logit_rows: Tensor | None
+    banned_ids: Tensor | None
+    banned_until: Tensor | None
+
+
+# The values that a parameter may have. The rules hold for numbers and for tensors.
+_WORD = (lambda x: (x >= 0) & (x < 2**32), "must be in [0, 2^32)")
+_RULES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "weight": (lambda x: x - x == 0, "must be finite"),
+    "temperature": (
+        lambda x: (x - x == 0) & ((x == 0) | (x >= MIN_TEMPERATURE)),
+        f"must be 0 (greedy) or finite and at least {MIN_TEMPERATURE}",
+    ),
+    "top_k": (lambda x: x >= -1, "must be positive, or 0 or -1 for no limit"),
+    "top_p": (lambda x: (x > 0) & (x <= 1), "must be in (0, 1]"),
+    "min_p": (lambda x: (x >= 0) & (x <= 1), "must be in [0, 1]"),
+    "candidate_ids": _WORD,
+    "positions": _WORD,
+}
 
 
 def check_logits(
@@ -117,8 +135,27 @@ def per_sample(
 
 
 def _require(name: str, values: Tensor, is_good: Tensor, requirement: str) -> None:
-    if not bool(is_good.all()):
+    """Raise where a value is not good. Only for tensors of the CPU: it reads them."""
+    if values.device.type == "cpu" and not bool(is_good.all()):
         raise InvalidParameterError(name, values[~is_good][0].item(), requirement)
+
+
+def _parameter(
+    name: str, values: FloatParam | IntParam, num_samples: int, device: torch.device
+) -> Any:
+    """A sampling parameter as a number or as a tensor [num_samples], its values checked."""
+    rule, requirement = _RULES[name]
+    is_integer = name == "top_k"
+    if isinstance(values, int | np.integer) or (
+        isinstance(values, float | np.floating) and not is_integer
+    ):
+        number = int(values) if is_integer else float(values)
+        if not rule(number):
+            raise InvalidParameterError(name, number, requirement)
+        return number
+    tensor = per_sample(name, values, num_samples, device, floating=not is_integer)
+    _require(name, tensor, rule(tensor), requirement)
+    return tensor
 
 
 def check_rows(logit_rows: IntArray | None, logits: Tensor) -> Tensor:
@@ -129,40 +166,39 @@ def check_rows(logit_rows: IntArray | None, logits: Tensor) -> Tensor:
     if isinstance(logit_rows, int) or getattr(logit_rows, "ndim", 1) != 1:
         raise InvalidParameterError("logit_rows", logit_rows, "must have one dimension")
     rows = per_sample("logit_rows", logit_rows, len(logit_rows), device)
-    if device.type == "cpu":
-        in_range = (rows >= 0) & (rows < num_rows)
-        _require("logit_rows", rows, in_range, f"must be in [0, {num_rows})")
+    in_range = (rows >= 0) & (rows < num_rows)
+    _require("logit_rows", rows, in_range, f"must be in [0, {num_rows})")
     return rows
 
 
 def check_token_ids(token_ids: IntArray, num_tokens: int, logits: Tensor) -> Tensor:
     """Ids of given tokens, int64 [num_tokens]."""
     tokens = per_sample("token_ids", token_ids, num_tokens, logits.device)
-    if logits.device.type == "cpu":
-        in_range = (tokens >= 0) & (tokens < logits.shape[1])
-        _require("token_ids", tokens, in_range, f"must be in [0, {logits.shape[1]})")
+    in_range = (tokens >= 0) & (tokens < logits.shape[1])
+    _require("token_ids", tokens, in_range, f"must be in [0, {logits.shape[1]})")
     return tokens
 
 
-def check_values(args: SampleArgs) -> None:
-    """Raise where a value is out of range. Only for tensors of the CPU: it reads them."""
-    weight, temperature, top_p, min_p = args.weight, args.temperature, args.top_p, args.min_p
-    _require("weight", weight, weight.isfinite(), "must be finite")
-    _require(
-        "temperature",
-        temperature,
-        temperature.isfinite() & ((temperature == 0) | (temperature >= MIN_TEMPERATURE)),
-        f"must be 0 (greedy) or finite and at least {MIN_TEMPERATURE}",
-    )
-    _require("top_k", args.top_k, args.top_k >= -1, "must be positive, or 0 or -1 for no limit")
-    _require("top_p", top_p, (top_p > 0) & (top_p <= 1), "must be in (0, 1]")
-    _require("min_p", min_p, (min_p >= 0) & (min_p <= 1), "must be in [0, 1]")
-    for name in ("candidate_ids", "positions"):
-        values = getattr(args, name)
-        _require(name, values, (values >= 0) & (values < 2**32), "must be in [0, 2^32)")
-    vocab_size = args.base.shape[1]
-    in_range = (args.banned_ids >= -1) & (args.banned_ids < vocab_size)
-    _require("banned_ids", args.banned_ids, in_range, f"must be in [-1, {vocab_size}), -1 for none")
+def _banned(
+    banned_ids: Tensor | np.ndarray | None,
+    banned_until: IntParam | None,
+    num_samples: int,
+    base: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:
+    if banned_ids is None:
+        if banned_until is not None:
+            raise InvalidParameterError("banned_until", banned_until, "needs banned_ids")
+        return None, None
+    ids = as_int64(banned_ids, base.device)
+    if ids.dim() != 2 or ids.shape[0] != num_samples:
+        requirement = f"must have shape ({num_samples}, M)"
+        raise InvalidParameterError("banned_ids", tuple(ids.shape), requirement)
+    vocab_size = base.shape[1]
+    in_range = (ids >= -1) & (ids < vocab_size)
+    _require("banned_ids", ids, in_range, f"must be in [-1, {vocab_size}), -1 for none")
+    if banned_until is None:
+        return ids, None
+    return ids, per_sample("banned_until", banned_until, num_samples, base.device)
 
 
 def normalise(
@@ -195,45 +231,34 @@ def normalise(
             raise InvalidParameterError("untuned", "a tensor", "needs tuned")
         check_logits("untuned", untuned, base)
     device = base.device
-    rows = check_rows(logit_rows, base)
-    num_samples = len(rows)
+    rows = None if logit_rows is None else check_rows(logit_rows, base)
+    num_samples = base.shape[0] if rows is None else len(rows)
 
-    def floats(name: str, values: FloatParam) -> Tensor:
-        return per_sample(name, values, num_samples, device, floating=True)
+    def parameter(name: str, values: FloatParam | IntParam) -> Any:
+        return _parameter(name, values, num_samples, device)
 
-    def integers(name: str, values: IntArray) -> Tensor:
-        return per_sample(name, values, num_samples, device)
+    def indices(name: str, values: IntArray) -> Tensor:
+        tensor = per_sample(name, values, num_samples, device)
+        if name in _RULES:
+            rule, requirement = _RULES[name]
+            _require(name, tensor, rule(tensor), requirement)
+        return tensor
 
-    position_tensor = integers("positions", positions)
-    if banned_ids is None:
-        if banned_until is not None:
-            raise InvalidParameterError("banned_until", banned_until, "needs banned_ids")
-        ids = torch.empty(num_samples, 0, dtype=torch.int64, device=device)
-        banned = torch.empty_like(ids, dtype=torch.bool)
-    else:
-        ids = as_int64(banned_ids, device)
-        if ids.dim() != 2 or ids.shape[0] != num_samples:
-            requirement = f"must have shape ({num_samples}, M)"
-            raise InvalidParameterError("banned_ids", tuple(ids.shape), requirement)
-        banned = ids >= 0
-        if banned_until is not None:
-            banned &= (position_tensor < integers("banned_until", banned_until))[:, None]
-    args = SampleArgs(
+    ids, until = _banned(banned_ids, banned_until, num_samples, base)
+    return SampleArgs(
         base=base,
         tuned=tuned,
         untuned=untuned,
-        weight=floats("weight", weight),
-        temperature=floats("temperature", temperature),
-        top_k=integers("top_k", top_k),
-        top_p=floats("top_p", top_p),
-        min_p=floats("min_p", min_p),
-        seeds=integers("seeds", seeds),
-        candidate_ids=integers("candidate_ids", candidate_ids),
-        positions=position_tensor,
-        rows=rows,
+        num_samples=num_samples,
+        weight=parameter("weight", weight),
+        temperature=parameter("temperature", temperature),
+        top_k=parameter("top_k", top_k),
+        top_p=parameter("top_p", top_p),
+        min_p=parameter("min_p", min_p),
+        seeds=indices("seeds", seeds),
+        candidate_ids=indices("candidate_ids", candidate_ids),
+        positions=indices("positions", positions),
+        logit_rows=rows,
         banned_ids=ids,
-        banned=banned,
+        banned_until=until,
     )
-    if device.type == "cpu":
-        check_values(args)
-    return args

@@ -10,83 +10,98 @@ from torch import Tensor
 from ivg_fast.ops._backend import Backend, choose_backend
 from ivg_fast.ops._cpu import sample_cpu
 from ivg_fast.ops._sample_args import FloatParam, GuidedSample, IntParam, SampleArgs, normalise
+from ivg_fast.ops._triton import sample_triton
 from ivg_fast.ops.philox import IntArray, uniform
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+def _column(values: Tensor | float, like: Tensor) -> Tensor:
+    """float64[B, 1] of a parameter, which is float32 by definition."""
+    tensor = torch.as_tensor(values, dtype=torch.float32, device=like.device).double()
+    return tensor.expand(like.shape[0])[:, None]
 
 
 def _thresholds(z: Tensor, args: SampleArgs) -> Tensor:
     """float64[B, 1]: the smallest scaled logit that the filters keep. z: float64[B, V], scaled."""
     vocab_size = z.shape[1]
+    top_p, min_p = _column(args.top_p, z), _column(args.min_p, z)
     ordered = z.sort(dim=1, descending=True).values
-    k = torch.where(args.top_k > 0, args.top_k.clamp(max=vocab_size), vocab_size)
-    top_k_threshold = ordered.gather(1, (k - 1)[:, None])
+    k = torch.as_tensor(args.top_k, device=z.device).expand(z.shape[0])[:, None]
+    k = torch.where(k > 0, k.clamp(max=vocab_size), vocab_size)
+    top_k_threshold = ordered.gather(1, k - 1)
     mass = torch.where(ordered >= top_k_threshold, (ordered - ordered[:, :1]).exp(), 0.0)
     cumulative = mass.cumsum(1)
-    wanted = args.top_p.double()[:, None] * cumulative[:, -1:]
+    wanted = top_p * cumulative[:, -1:]
     last = torch.searchsorted(cumulative, wanted).clamp(max=vocab_size - 1)
-    top_p_threshold = torch.where(
-        args.top_p[:, None] < 1, ordered.gather(1, last), torch.full_like(wanted, -torch.inf)
-    )
-    min_p_threshold = ordered[:, :1] + args.min_p.double()[:, None].log()
+    top_p_threshold = torch.where(top_p < 1, ordered.gather(1, last), -torch.inf)
+    min_p_threshold = ordered[:, :1] + min_p.log()
     limit = torch.maximum(torch.maximum(top_k_threshold, top_p_threshold), min_p_threshold)
     return torch.minimum(limit, ordered[:, :1])
 
 
-def _sample_float64(args: SampleArgs) -> GuidedSample:
-    rows = args.rows
-    base = args.base[rows].double()
-    row_max = torch.finfo(torch.float32).max
-    bad = (base.isnan() | (base == torch.inf)).any(1)
+def _combined(
+    args: SampleArgs, base: Tensor, tuned: Tensor | None, untuned: Tensor | None
+) -> Tensor:
+    """float64[B, V]: z, with -inf at what may not be drawn and +inf past the end of float32."""
     z = base
-    reward = value = torch.zeros_like(base)
-    if args.tuned is not None:
-        tuned = args.tuned[rows].double()
-        bad |= (tuned.isnan() | (tuned == torch.inf)).any(1)
-        value = tuned
-        excluded = tuned == -torch.inf
-        if args.untuned is not None:
-            untuned = args.untuned[rows].double()
-            bad |= (untuned.isnan() | (untuned == torch.inf)).any(1)
+    if tuned is not None:
+        steer = tuned if untuned is None else tuned - untuned
+        excluded = (base == -torch.inf) | (tuned == -torch.inf)
+        if untuned is not None:
             excluded |= untuned == -torch.inf
-            value = tuned - untuned
-            reward = value - (tuned.logsumexp(1) - untuned.logsumexp(1))[:, None]
-        weight = args.weight.double()[:, None]
-        steered = torch.where(excluded | (base == -torch.inf), -torch.inf, base + weight * value)
+        weight = _column(args.weight, base)
+        steered = torch.where(excluded, -torch.inf, base + weight * steer)
+        steered = torch.where(steered.abs() > FLOAT32_MAX, steered.sign() * torch.inf, steered)
         z = torch.where(weight != 0, steered, base)
-        bad |= (z > row_max).any(1)
-        z = torch.where(z < -row_max, -torch.inf, z)
-    if args.banned_ids.shape[1] and len(rows):
-        counts = torch.zeros_like(z).scatter_add_(
-            1, args.banned_ids.clamp(min=0), args.banned.double()
-        )
-        z = torch.where(counts > 0, -torch.inf, z)
-    valid = ~bad & (z > -torch.inf).any(1)
-    z = torch.where(valid[:, None], z, 0.0)
+    if args.banned_ids is not None and args.banned_ids.numel():
+        is_banned = args.banned_ids >= 0
+        if args.banned_until is not None:
+            is_banned &= (args.positions < args.banned_until)[:, None]
+        hits = torch.zeros_like(z).scatter_add_(1, args.banned_ids.clamp(min=0), is_banned.double())
+        z = torch.where(hits > 0, -torch.inf, z)
+    return z
 
-    is_greedy = args.temperature == 0
-    temperature = torch.where(is_greedy, 1.0, args.temperature.double())[:, None]
-    scaled = z / temperature
-    threshold = torch.where(is_greedy[:, None], -torch.inf, _thresholds(scaled, args))
-    kept = scaled >= threshold
-    top = scaled.max(1, keepdim=True)
-    mass = torch.where(kept, (scaled - top.values).exp(), 0.0)
+
+def _sample_float64(args: SampleArgs) -> GuidedSample:
+    rows = slice(None) if args.logit_rows is None else args.logit_rows
+    base = args.base[rows].double()
+    tuned = None if args.tuned is None else args.tuned[rows].double()
+    untuned = None if args.untuned is None else args.untuned[rows].double()
+    z = _combined(args, base, tuned, untuned)
+    valid = (z > -torch.inf).any(1)
+    for logits in (base, tuned, untuned, z):
+        if logits is not None:
+            valid &= ~(logits.isnan() | (logits == torch.inf)).any(1)
+    z = torch.where(valid[:, None], z, 0.0)
+    value = torch.zeros_like(base) if tuned is None else tuned
+    reward = torch.zeros_like(base)
+    if tuned is not None and untuned is not None:
+        value = tuned - untuned
+        reward = value - (tuned.logsumexp(1) - untuned.logsumexp(1))[:, None]
+
+    given = _column(args.temperature, z)
+    is_greedy = given == 0
+    scaled = z / torch.where(is_greedy, 1.0, given)
+    threshold = torch.where(is_greedy, -torch.inf, _thresholds(scaled, args))
+    top = scaled.amax(1, keepdim=True)
+    mass = torch.where(scaled >= threshold, (scaled - top).exp(), 0.0)
     cumulative = mass.cumsum(1)
     u = uniform(args.seeds, args.candidate_ids, args.positions)[:, None]
     drawn = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
-    # max() does not promise the first of equals.
-    lowest = (scaled == top.values).int().argmax(1, keepdim=True)
-    token = torch.where(is_greedy[:, None], lowest, drawn)
-    logprob = scaled.gather(1, token) - top.values - cumulative[:, -1:].log()
-    base_logprob = base.gather(1, token) - base.logsumexp(1, keepdim=True)
+    # argmax over 0 and 1 gives the first 1; over the logits it need not give the first maximum.
+    lowest = (scaled == top).int().argmax(1, keepdim=True)
+    token = torch.where(is_greedy, lowest, drawn)
 
     def measured(values: Tensor) -> Tensor:
-        return torch.where(valid, values.squeeze(1), torch.nan).float()
+        return torch.where(valid, values.gather(1, token).squeeze(1), torch.nan).float()
 
     return GuidedSample(
         token_ids=torch.where(valid, token.squeeze(1), -1),
-        logprob=measured(logprob),
-        base_logprob=measured(base_logprob),
-        implicit_reward=measured(reward.gather(1, token)),
-        value=measured(value.gather(1, token)),
+        logprob=measured(scaled - top - cumulative[:, -1:].log()),
+        base_logprob=measured(base - base.logsumexp(1, keepdim=True)),
+        implicit_reward=measured(reward),
+        value=measured(value),
         valid=valid,
     )
 
@@ -203,7 +218,7 @@ def guided_sample(
             *(seeds, candidate_ids, positions, logit_rows, banned_ids, banned_until),
         )
     with torch.no_grad():
-        return guided_sample_ref(
+        args = normalise(
             base,
             tuned,
             untuned,
@@ -219,3 +234,4 @@ def guided_sample(
             banned_ids=banned_ids,
             banned_until=banned_until,
         )
+        return sample_triton(args) if chosen == "triton" else _sample_float64(args)

@@ -6,9 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ivg_fast.errors import InvalidParameterError
 from ivg_fast.ops._backend import Backend, choose_backend
+from ivg_fast.ops._cpu import check_device, try_token_logprobs
 from ivg_fast.ops._sample_args import check_logits, check_rows, check_token_ids
+from ivg_fast.ops._triton import token_logprobs_triton
 from ivg_fast.ops.philox import IntArray
 
 
@@ -75,19 +76,21 @@ def _names(minus: Tensor | None) -> tuple[str, str]:
 
 def _normalise(
     logits: Tensor, minus: Tensor | None, token_ids: IntArray, logit_rows: IntArray | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     name, minus_name = _names(minus)
     check_logits(name, logits)
     if minus is not None:
         check_logits(minus_name, minus, logits, base_name=name)
-    rows = check_rows(logit_rows, logits)
-    return check_token_ids(token_ids, len(rows), logits), rows
+    rows = None if logit_rows is None else check_rows(logit_rows, logits)
+    num_tokens = logits.shape[0] if rows is None else len(rows)
+    return check_token_ids(token_ids, num_tokens, logits), rows
 
 
 def _reference(
     logits: Tensor, minus: Tensor | None, token_ids: IntArray, logit_rows: IntArray | None
 ) -> Tensor:
-    tokens, rows = _normalise(logits, minus, token_ids, logit_rows)
+    tokens, given_rows = _normalise(logits, minus, token_ids, logit_rows)
+    rows = slice(None) if given_rows is None else given_rows
     result = logits[rows].double().log_softmax(1).gather(1, tokens[:, None])
     if minus is not None:
         result -= minus[rows].double().log_softmax(1).gather(1, tokens[:, None])
@@ -102,18 +105,17 @@ def _dispatch(
     backend: Backend,
 ) -> Tensor:
     chosen = choose_backend(backend, logits)
+    if chosen == "cpu":
+        result = try_token_logprobs(logits, minus, token_ids, logit_rows)
+        if result is None:
+            tokens, rows = _normalise(logits, minus, token_ids, logit_rows)
+            check_device(_names(minus)[0], logits)
+            result = try_token_logprobs(logits, minus, tokens, rows)
+        if result is None:
+            raise RuntimeError("the kernel declined arguments in their normal form")
+        return result
     with torch.no_grad():
         if chosen == "torch":
             return _reference(logits, minus, token_ids, logit_rows)
-        if chosen == "cpu":
-            from ivg_fast.ops import _cpu
-
-            result = _cpu.try_token_logprobs(logits, minus, token_ids, logit_rows)
-            if result is None:
-                tokens, rows = _normalise(logits, minus, token_ids, logit_rows)
-                _cpu.check_device(_names(minus)[0], logits)
-                result = _cpu.try_token_logprobs(logits, minus, tokens, rows)
-            if result is None:
-                raise RuntimeError("the kernel declined arguments in their normal form")
-            return result
-        raise InvalidParameterError("backend", backend, "is not available")
+        tokens, rows = _normalise(logits, minus, token_ids, logit_rows)
+        return token_logprobs_triton(_names(minus)[0], logits, minus, tokens, rows)

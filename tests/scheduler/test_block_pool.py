@@ -26,7 +26,7 @@ BLOCK_SIZE = _C.BLOCK_SIZE
 # Around the edges of a block, each as likely as the others.
 ROW_LENGTHS = st.sampled_from([0, 1, 5, 15, 16, 17, 20, 31, 32, 33, 47])
 SETTINGS = settings(
-    max_examples=150,
+    max_examples=100,
     stateful_step_count=50,
     deadline=None,
     report_multiple_bugs=False,
