@@ -30,9 +30,10 @@ lint: $(VENV)/installed
 
 # The C++ suite of the core, without Python, under sanitizers.
 test-core: $(VENV)/installed
+	include=$$(sh tools/doctest_include.sh build/doctest) && \
 	$(BIN)/cmake -S . -B build/core -G Ninja -DIVG_FAST_TESTS=ON -DIVG_FAST_SANITIZE=$(SANITIZE) \
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Debug \
-	  -DDOCTEST_INCLUDE_DIR="$$(sh tools/doctest_include.sh build/doctest)"
+	  -DDOCTEST_INCLUDE_DIR="$$include"
 	$(BIN)/cmake --build build/core
 	build/core/ivg_core_tests
 

