@@ -369,7 +369,7 @@ class NaiveSearch:
                     implicit_reward=math.fsum(c.token_rewards),
                     cumulative_logprob=math.fsum(c.token_logprobs),
                     base_logprob=math.fsum(c.base_logprobs),
-                    finish_reason=c.finish_reason or "",
+                    finish_reason=c.finish_reason or "abort",  # the survivors were all finished
                     stop_reason=c.stop_reason,
                     candidate_id=c.candidate_id,
                     token_logprobs=list(c.token_logprobs),

@@ -18,14 +18,15 @@ from engine_cases import (
     compare,
     differences,
     fresh_seed,
-    one_thread,
     random_case,
     random_cases,
     random_prompt,
+    run_arrivals,
     run_engine,
 )
 from naive_search import NaiveModels, NaiveResult, NaiveSearch, naive_search, philox_uniform
 
+from ivg_fast.errors import ScorerError
 from ivg_fast.params import SearchParams
 
 SEED = fresh_seed()
@@ -49,8 +50,7 @@ def engine(shape: str, **config):
 
 @pytest.fixture(scope="module", autouse=True)
 def _drop_models():
-    with one_thread():
-        yield
+    yield
     engine.cache_clear()
     solved.cache_clear()
     naive.cache_clear()
@@ -111,6 +111,32 @@ def test_every_order_of_arrival() -> None:
     for order in itertools.permutations(range(4)):
         outputs = run_engine(engine("gpt2", max_burst_steps=8), [cases[i] for i in order])
         assert_same(outputs, [results[i] for i in order], [cases[i] for i in order])
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_arrivals_in_between(attempt: int) -> None:
+    """Requests that come while others run, and blocks that are all free after the last."""
+    cases, results = solved("llama")
+    rng = random.Random(f"{SEED} arrivals {attempt}")
+    order = rng.sample(range(len(cases)), len(cases))
+    outputs = run_arrivals(
+        engine("llama", max_burst_steps=(1, 4, 8)[attempt]), [cases[i] for i in order], rng
+    )
+    assert_same(outputs, [results[i] for i in order], [cases[i] for i in order])
+
+
+def test_neighbours_of_a_failing_request() -> None:
+    def fail(inputs):
+        raise RuntimeError("this scorer fails")
+
+    cases, results = solved("gpt2")
+    params = SearchParams.cbs(max_tokens=9, chunk_length=2, scorer=fail)
+    bad = Case(cases[0].prompt, params, 1)
+    outputs = run_arrivals(
+        engine("gpt2", max_burst_steps=4), [*cases[:4], bad, *cases[4:]], random.Random(SEED)
+    )
+    assert isinstance(outputs.pop(4), ScorerError)
+    assert_same(outputs, results, cases)
 
 
 @pytest.mark.parametrize("options", [{"max_num_rows": 9}, {"max_num_rows": 14, "num_blocks": 60}])

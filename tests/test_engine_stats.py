@@ -15,7 +15,6 @@ from engine_cases import (
     differences,
     fresh_seed,
     is_near_tie,
-    one_thread,
     random_case,
     random_prompt,
     run_engine,
@@ -41,8 +40,7 @@ def engine(**config: Any) -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def _drop_models():
-    with one_thread():
-        yield
+    yield
     naive.cache_clear()
     engine.cache_clear()
 
