@@ -298,9 +298,7 @@ def test_value_scores_that_are_not_finite(models) -> None:
     params = SearchParams.cbs(
         max_tokens=9, beam_width=2, num_candidates=2, chunk_length=3, scorer="explicit"
     )
-    with (
-        Engine(models["base_model"], value=value, config=EngineConfig(num_blocks=80)) as engine,
-        pytest.raises(ScorerError, match="must give finite scores"),
-    ):
+    with Engine(models["base_model"], value=value, config=EngineConfig(num_blocks=80)) as engine:
         head.weight.fill_(math.inf)  # the check at load would have refused it
-        engine.generate([[1, 2]], params)
+        with pytest.raises(ScorerError, match="must give finite scores"):
+            engine.generate([[1, 2]], params)
