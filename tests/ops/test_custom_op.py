@@ -13,18 +13,17 @@ def test_op_passes_the_library_checks():
     torch.manual_seed(0)
     logits = [torch.randn(4, 300) for _ in range(3)]
     index = torch.arange(4)
-    numbers, temperature = [1.0, 0.0, 10.0, 1.0, 0.0], torch.tensor([0.5, 1.0, 0.0, 2.0])
+    numbers = [1.0, 0.0, 10.0, 1.0, 0.0]
+    tensors = [None, torch.tensor([0.5, 1.0, 0.0, 2.0]), None, None, None]
     torch.library.opcheck(
         guided_sample_op,
-        (*logits, numbers, [None, temperature, None, None, None], *(index,) * 3)
-        + (None, None, None, "cpu"),
+        (*logits, numbers, tensors, index, index, index, None, None, None, "cpu"),
     )
-    three = index[:3]
+    base, three = logits[0].bfloat16(), index[:3]
     bans = torch.zeros(3, 2, dtype=torch.int64)
     torch.library.opcheck(
         guided_sample_op,
-        (logits[0].bfloat16(), None, None, numbers, [None] * 5, *(three,) * 3)
-        + (three, bans, three, "torch"),
+        (base, None, None, numbers, [None] * 5, three, three, three, three, bans, three, "torch"),
     )
 
 

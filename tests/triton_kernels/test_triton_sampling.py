@@ -44,9 +44,7 @@ def check(case, got: GuidedSample) -> None:
     reference = guided_sample_ref(*case.logits, **case.arguments)
     same = got.valid & (got.token_ids == reference.token_ids)
     for ours, theirs in zip(got[1:5], reference[1:5], strict=True):
-        torch.testing.assert_close(
-            ours[same], theirs[same], rtol=1e-5, atol=1e-5, equal_nan=True
-        )
+        torch.testing.assert_close(ours[same], theirs[same], rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("seed", range(6))
