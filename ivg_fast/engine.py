@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
@@ -26,16 +26,14 @@ from ivg_fast.models.vocabulary import check_same_vocabulary
 from ivg_fast.ops.kv_cache import BlockCopier
 from ivg_fast.outputs import RequestOutput
 from ivg_fast.params import EngineConfig, SearchParams
-from ivg_fast.request import GUIDES, ROLES, LiveRequest
+from ivg_fast.prompts import PromptInput, RequestFactory
+from ivg_fast.request import ROLES, LiveRequest
 from ivg_fast.scoring import ChunkScorer
 
 logger = logging.getLogger("ivg_fast")
 
-ModelSource = str | os.PathLike[str] | nn.Module
-# A text, chat messages, or token ids.
-PromptInput = str | Sequence[Mapping[str, str]] | Sequence[int]
-
-_MASK64 = 2**64 - 1
+# A request that has ended: its id, and its output or what it failed with.
+Ended = tuple[int, RequestOutput | BaseException]
 
 
 class Engine:
@@ -145,8 +143,8 @@ class Engine:
                 )
                 self.vocab_size = min(self.vocab_size, size)
         eos = getattr(self.tokenizer, "eos_token_id", None)
-        self._eos_ids = sorted({*base.eos_token_ids, *([] if eos is None else [eos])})
-        self._eos_id = eos if eos is not None else next(iter(self._eos_ids), None)
+        eos_ids = sorted({*base.eos_token_ids, *([] if eos is None else [eos])})
+        eos_id = eos if eos is not None else next(iter(eos_ids), None)
         num_blocks = self.config.num_blocks or self._affordable_blocks()
         for runner in self._runners.values():
             runner.allocate(num_blocks)
@@ -163,13 +161,22 @@ class Engine:
         self._burst = BurstRunner(
             self._runners, self.vocab_size, BlockCopier(pools).copy, token_scorer, self.tokenizer
         )
-        self._scorer = ChunkScorer(self._runners, token_scorer, self._eos_id, self.tokenizer)
+        self._scorer = ChunkScorer(self._runners, token_scorer, eos_id, self.tokenizer)
+        self._factory = RequestFactory(
+            self._runners,
+            self.tokenizer,
+            self.vocab_size,
+            self.config.max_num_rows,
+            eos_ids,
+            eos_id,
+        )
         self._live: dict[int, LiveRequest] = {}
+        self._uncollected: list[Ended] = []  # for the next step() to return
 
     def _affordable_blocks(self) -> int:
         block_bytes = sum(runner.bytes_per_block for runner in self._runners.values())
         budget = int(self.config.kv_memory_fraction * _available_memory())
-        num_blocks = min(budget // block_bytes, 2**31 // _C.BLOCK_SIZE - 1)
+        num_blocks = min(budget // block_bytes, 2**31 // _C.BLOCK_SIZE - 1)  # slots are int32
         limits = [r.max_position for r in self._runners.values() if r.max_position is not None]
         if limits:
             # A prompt and a response round up to whole blocks each.
@@ -211,16 +218,19 @@ class Engine:
                 others finish and then its error is raised; `error.outputs` holds what they
                 returned, None for those that failed.
         """
-        requests = self._prepare(prompts, params, seeds)
+        requests = self._factory.create(prompts, params, seeds)
         outputs: dict[int, RequestOutput] = {}
-        failures: list[tuple[int, Exception]] = []
+        failures: list[tuple[int, BaseException]] = []
         ids: dict[int, int] = {}
         try:
             for index, request in enumerate(requests):
                 ids[self._submit(request)] = index
             with tqdm(total=len(requests), desc="ivg", unit="prompt", disable=not use_tqdm) as bar:
                 while len(outputs) + len(failures) < len(requests):
-                    for request_id, output in self.step():
+                    for request_id, output in self._run_step():
+                        if request_id not in ids:
+                            self._uncollected.append((request_id, output))
+                            continue
                         index = ids.pop(request_id)
                         if isinstance(output, RequestOutput):
                             outputs[index] = output
@@ -228,8 +238,7 @@ class Engine:
                             failures.append((index, output))
                         bar.update()
         finally:
-            for request_id in ids:  # empty unless something was raised
-                self.abort(request_id)
+            self._drop(ids)
         if failures:
             index, error = min(failures, key=lambda failure: failure[0])
             error.add_note(f"prompt {index} of {len(requests)} failed")
@@ -246,19 +255,23 @@ class Engine:
         Raises:
             InvalidParameterError, CapacityError, QueueFullError: the request is not queued.
         """
-        (request,) = self._prepare([prompt], params, None if seed is None else [seed])
+        (request,) = self._factory.create([prompt], params, None if seed is None else [seed])
         return self._submit(request)
 
     def abort(self, request_id: int) -> bool:
         """Ends a request; the next step returns what it has. False if it has ended already."""
         return self._scheduler.abort(request_id)
 
-    def step(self) -> list[tuple[int, RequestOutput | Exception]]:
+    def step(self) -> list[Ended]:
         """Runs one burst and the scoring behind it.
 
         Returns:
             The requests that ended: (request id, output, or the error that it failed with).
         """
+        ended, self._uncollected = self._uncollected, []
+        return ended + self._run_step()
+
+    def _run_step(self) -> list[Ended]:
         now = time.monotonic()
         for request in self._live.values():
             if request.deadline is not None and now >= request.deadline:
@@ -266,14 +279,9 @@ class Engine:
         plan = self._scheduler.plan()
         prefill = [self._live[i] for i in plan.prefill_request_ids.tolist()]
         taking_part = [self._live[i] for i in plan.request_ids.tolist()]
-        try:
-            with torch.inference_mode(), torch.profiler.record_function("ivg::burst"):
-                result = self._burst.run(plan, taking_part, prefill, self._scheduler.history)
-        except Exception as error:
-            result = BurstResult.empty(0, len(plan.sample_request))
-            for request in (*taking_part, *prefill):
-                request.error = error
-        self._abort_failed((*taking_part, *prefill))
+        result = BurstResult.empty(0, len(plan.sample_request))
+        with self._failing((*taking_part, *prefill)):
+            result = self._burst.run(plan, taking_part, prefill, self._scheduler.history)
         if taking_part:
             self._scheduler.commit_tokens(
                 result.tokens,
@@ -285,7 +293,12 @@ class Engine:
                 result.stop_index,
             )
         self._score()
-        return self._collect()
+        ended = self._collect()
+        for _, output in ended:
+            if not isinstance(output, RequestOutput | Exception):
+                self._uncollected += ended
+                raise output
+        return ended
 
     @property
     def has_unfinished(self) -> bool:
@@ -297,13 +310,9 @@ class Engine:
         requests = [self._live[i] for i in plan.request_ids.tolist()]
         if not requests:
             return
-        try:
-            with torch.inference_mode(), torch.profiler.record_function("ivg::score"):
-                scores, rewards = self._scorer.run(plan, requests, self._scheduler.history)
-        except Exception as error:
-            for request in requests:
-                request.error = error
-        self._abort_failed(requests)
+        scores, rewards = np.empty(0), None
+        with self._failing(requests):
+            scores, rewards = self._scorer.run(plan, requests, self._scheduler.history)
         begin = 0
         for request, num_rows in zip(requests, plan.num_rows.tolist(), strict=True):
             mine = slice(begin, begin + num_rows)
@@ -314,112 +323,33 @@ class Engine:
                 )
                 self._scheduler.commit_scores(request.request_id, scores[mine], measured)
 
-    def _abort_failed(self, requests: Iterable[LiveRequest]) -> None:
+    @contextmanager
+    def _failing(self, requests: Sequence[LiveRequest]) -> Iterator[None]:
+        """Work for these requests: where it raises, they fail; those with an error are ended."""
+        try:
+            with torch.inference_mode(), torch.profiler.record_function("ivg::step"):
+                yield
+        except BaseException as error:  # an interrupt too: the books must close first
+            for request in requests:
+                request.error = error
         for request in requests:
             if request.error is not None:
                 self._scheduler.abort(request.request_id)
 
-    def _collect(self) -> list[tuple[int, RequestOutput | Exception]]:
-        ended: list[tuple[int, RequestOutput | Exception]] = []
+    def _collect(self) -> list[Ended]:
+        ended: list[Ended] = []
         for request_id in self._scheduler.take_finished():
             result = self._scheduler.take_result(request_id)
             request = self._live.pop(request_id)
             ended.append((request_id, request.error or request.output(result, self.tokenizer)))
         return ended
 
-    # --- what comes in ---------------------------------------------------------------------------
-
-    def _prepare(
-        self,
-        prompts: PromptInput | Sequence[PromptInput],
-        params: SearchParams | Sequence[SearchParams],
-        seeds: Sequence[int] | None,
-    ) -> list[LiveRequest]:
-        items = _as_list(prompts)
-        if isinstance(params, SearchParams):
-            every = [params] * len(items)
-        else:
-            every = list(params)
-            if len(every) != len(items):
-                raise InvalidParameterError("params", len(every), f"must be one, or {len(items)}")
-        if seeds is not None and len(seeds) != len(items):
-            raise InvalidParameterError("seeds", len(seeds), f"must be {len(items)}, one a prompt")
-        requests = []
-        for index, (prompt, p) in enumerate(zip(items, every, strict=True)):
-            if not isinstance(p, SearchParams):
-                raise InvalidParameterError("params", p, "must be SearchParams")
-            if seeds is not None:
-                seed = _checked_seed(seeds[index])
-            elif p.seed is None:
-                seed = secrets.randbits(64)
-            else:
-                seed = derive_seed(p.seed, index) if isinstance(params, SearchParams) else p.seed
-            text, token_ids = self._encode(prompt)
-            request = LiveRequest.create(p, text, token_ids, seed, self._eos_ids)
-            self._check(request)
-            requests.append(request)
-        return requests
-
-    def _encode(self, prompt: PromptInput) -> tuple[str | None, Sequence[int]]:
-        if isinstance(prompt, str):
-            self._need_tokenizer("prompts", prompt)
-            return prompt, self.tokenizer(prompt).input_ids
-        if len(prompt) and isinstance(prompt[0], Mapping):
-            self._need_tokenizer("prompts", "chat messages")
-            if getattr(self.tokenizer, "chat_template", None) is None:
-                raise InvalidParameterError(
-                    "prompts", "chat messages", "need a tokenizer with a chat template"
-                )
-            text = self.tokenizer.apply_chat_template(
-                prompt, tokenize=False, add_generation_prompt=True
-            )
-            # The template has written the special tokens already.
-            return text, self.tokenizer(text, add_special_tokens=False).input_ids
-        return None, [_token_id(token) for token in prompt]
-
-    def _need_tokenizer(self, name: str, value: object) -> None:
-        if self.tokenizer is None:
-            raise InvalidParameterError(name, value, "need an engine with a tokenizer")
-
-    def _check(self, request: LiveRequest) -> None:
-        p = request.params
-        for name, wanted in (("guidance", p.guidance), ("scorer", p.scorer)):
-            missing = (
-                [] if callable(wanted) else [r for r in GUIDES[wanted] if r not in self._runners]
-            )
-            if missing:
-                raise InvalidParameterError(
-                    name, wanted, f"needs {' and '.join(missing)}, which this engine was not given"
-                )
-        if p.stop:
-            self._need_tokenizer("stop", p.stop)
-        if callable(p.scorer):
-            self._need_tokenizer("scorer", p.scorer)
-        if p.score_eos_on_truncation and self._eos_id is None:
-            raise InvalidParameterError(
-                "score_eos_on_truncation", True, "needs a model with an end-of-text token"
-            )
-        for token in p.stop_token_ids:
-            if token >= self.vocab_size:
-                raise InvalidParameterError(
-                    "stop_token_ids", token, f"must be below {self.vocab_size}"
-                )
-        for role, ids in request.prompt_ids.items():
-            if not len(ids):
-                raise InvalidParameterError("prompts", request.prompt, "must have a token at least")
-            unknown = ids[(ids < 0) | (ids >= self._runners[role].vocab_size)]
-            if len(unknown):
-                raise InvalidParameterError(
-                    "prompts",
-                    int(unknown[0]),
-                    f"must be token ids of {role}, in [0, {self._runners[role].vocab_size})",
-                )
-            limit = self._runners[role].max_position
-            if limit is not None and len(ids) + p.max_tokens > limit:
-                raise CapacityError(
-                    f"a prompt of {len(ids)} tokens and max_tokens {p.max_tokens} exceed the "
-                    f"{limit} positions of {role}"
-                )
+    def _drop(self, request_ids: Container[int]) -> None:
+        """Ends requests whose results nobody waits for."""
+        for request_id in list(self._live):
+            if request_id in request_ids:
+                self._scheduler.abort(request_id)
+        self._uncollected += [end for end in self._collect() if end[0] not in request_ids]
 
     def _submit(self, request: LiveRequest) -> int:
         request.request_id = self._scheduler.add_request(**request.spec())
@@ -447,45 +377,6 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def derive_seed(seed: int, index: int) -> int:
-    """The seed of prompt `index` among prompts that share one: 64 bits, index 0 keeps the seed
-    itself.
-
-    The finaliser of splitmix64 spreads the sum, so that neighbours in seed and index do not meet.
-    """
-    if index == 0:
-        return seed
-    x = (seed + index * 0x9E3779B97F4A7C15) & _MASK64
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return x ^ (x >> 31)
-
-
-def _as_list(prompts: Any) -> list[Any]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, np.ndarray | torch.Tensor):
-        prompts = prompts.tolist()
-    items = list(prompts)
-    is_one = bool(items) and (
-        all(isinstance(item, Mapping) for item in items)
-        or all(isinstance(item, int | np.integer) for item in items)
-    )
-    return [items] if is_one else items
-
-
-def _token_id(token: Any) -> int:
-    if isinstance(token, bool) or not isinstance(token, int | np.integer):
-        raise InvalidParameterError("prompts", token, "must be texts, chat messages or token ids")
-    return int(token)
-
-
-def _checked_seed(seed: int) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed <= _MASK64:
-        raise InvalidParameterError("seeds", seed, "must be integers in [0, 2^64)")
-    return int(seed)
 
 
 def _check_vocabulary(tokenizer: Any, path: str | os.PathLike[str], role: str) -> None:

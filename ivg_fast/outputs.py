@@ -25,7 +25,8 @@ class CandidateOutput:
         base_logprob: the same under the base model at temperature 1.
         finish_reason: "stop", "length", "abort" or "deadline". "abort" is also what an unfinished
             candidate has that ranked below the winners when these ended the search.
-        stop_reason: the stop string or the stop token id that ended it; None otherwise.
+        stop_reason: the stop string, or which of `stop_token_ids`, ended it; None otherwise, an end
+            of text included.
         candidate_id: of the last pool.
         token_logprobs: per token, as in cumulative_logprob; None unless asked for.
         token_rewards: per token, as in implicit_reward; None unless asked for.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ivg_fast._C import BLOCK_SIZE
 from ivg_fast.errors import InvalidParameterError
 
 Guidance = Literal["none", "implicit", "explicit"]
@@ -35,9 +36,14 @@ class ScoreInput:
 Scorer = Callable[[list[ScoreInput]], Sequence[float]]
 
 
-def _integer(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
-        raise InvalidParameterError(name, value, f"must be an integer of at least {minimum}")
+# Of W, K, L, T and n: no product of two overflows, and no larger value makes sense.
+_MAX_COUNT = 2**24
+
+
+def _integer(name: str, value: Any, minimum: int, maximum: int = 2**63 - 1) -> None:
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_integer or not minimum <= value <= maximum:
+        raise InvalidParameterError(name, value, f"must be an integer in [{minimum}, {maximum}]")
 
 
 def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
@@ -73,7 +79,8 @@ class SearchParams:
             a callable of list[ScoreInput] that returns one finite number each.
         temperature: of the combined logits; 0: greedy.
         top_k: 0 or -1: no limit.
-        top_p: in (0, 1]. min_p: in [0, 1]. Filters apply in the order top-k, top-p, min-p.
+        top_p: in (0, 1]; 1: no limit. Filters apply in the order top-k, top-p, min-p.
+        min_p: in [0, 1]: the least probability, as a share of the largest; 0: no limit.
         min_tokens: no stop token is sampled, and no stop string looked for, before that many
             tokens.
         stop: a string or strings that end a response; the text is cut before them.
@@ -116,9 +123,9 @@ class SearchParams:
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "beam_width", "num_candidates", "n"):
-            _integer(name, getattr(self, name), 1)
+            _integer(name, getattr(self, name), 1, _MAX_COUNT)
         if self.chunk_length is not None:
-            _integer("chunk_length", self.chunk_length, 1)
+            _integer("chunk_length", self.chunk_length, 1, _MAX_COUNT)
         _integer("top_k", self.top_k, -1)
         _integer("min_tokens", self.min_tokens, 0)
         _number("guidance_weight", self.guidance_weight, -1e6, 1e6)
@@ -130,9 +137,7 @@ class SearchParams:
         if self.deadline_s is not None:
             _number("deadline_s", self.deadline_s, 0.0, math.inf)
         if self.seed is not None:
-            _integer("seed", self.seed, 0)
-            if self.seed >= 2**64:
-                raise InvalidParameterError("seed", self.seed, "must be below 2^64")
+            _integer("seed", self.seed, 0, 2**64 - 1)
         if self.guidance not in GUIDANCE_KINDS:
             raise InvalidParameterError(
                 "guidance", self.guidance, f"must be one of {GUIDANCE_KINDS}"
@@ -277,8 +282,8 @@ class EngineConfig:
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
-        _integer("max_num_rows", self.max_num_rows, 1)
-        _integer("max_burst_steps", self.max_burst_steps, 1)
+        _integer("max_num_rows", self.max_num_rows, 1, _MAX_COUNT)
+        _integer("max_burst_steps", self.max_burst_steps, 1, _MAX_COUNT)
         _number("kv_memory_fraction", self.kv_memory_fraction, 0.0, 1.0, open_low=True)
         minimums = {
             "num_blocks": 1,
@@ -288,4 +293,4 @@ class EngineConfig:
         }
         for name, minimum in minimums.items():
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), minimum)
+                _integer(name, getattr(self, name), minimum, 2**31 // BLOCK_SIZE - 1)

@@ -57,7 +57,7 @@ class LiveRequest:
     deadline: float | None = None
     prompt_outputs: dict[str, Tensor] = field(default_factory=dict)
     stats: SearchStats = field(default_factory=SearchStats)
-    error: Exception | None = None
+    error: BaseException | None = None
 
     @classmethod
     def create(
@@ -129,7 +129,7 @@ class LiveRequest:
         tokens = candidate["token_ids"].tolist()
         stop_reason: str | int | None = None
         text = decode(tokenizer, tokens)
-        if candidate["finish"] == FINISH_STOP:
+        if candidate["finish"] == FINISH_STOP and tokens[-1] in self.params.stop_token_ids:
             stop_reason = tokens[-1]
         elif candidate["finish"] == FINISH_STOP_TEXT:
             stop = self.params.stop[candidate["stop_index"]]

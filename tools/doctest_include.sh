@@ -4,8 +4,9 @@
 #
 #   tools/doctest_include.sh TARGET
 #
-# The one in $DOCTEST_INCLUDE_DIR if that is set; else the system's, if there is one; else Debian's package doctest-dev, unpacked (not installed, so
-# no root is needed) into TARGET; else a message that says what to install, and status 1.
+# The one in $DOCTEST_INCLUDE_DIR if that is set; else the system's; else Debian's package
+# doctest-dev, unpacked (not installed, so no root is needed) into TARGET; else a message that says
+# what to install, and status 1.
 set -eu
 
 if [ $# -ne 1 ]; then

@@ -18,11 +18,14 @@ using Array = py::array_t<T, py::array::c_style>;
 // A numpy view of a plan's array. It stays valid until the next plan; `owner` keeps the memory
 // alive.
 template <class T>
-Array<T> view(const std::vector<T>& data, const py::object& owner, int64_t columns = 0) {
+Array<T> view(const std::vector<T>& data, const py::object& owner) {
+  return Array<T>(static_cast<py::ssize_t>(data.size()), data.data(), owner);
+}
+
+template <class T>
+Array<T> view(const std::vector<T>& data, const py::object& owner, py::ssize_t columns) {
   const auto size = static_cast<py::ssize_t>(data.size());
-  if (columns == 0) return Array<T>(size, data.data(), owner);
-  return Array<T>({static_cast<py::ssize_t>(size / columns), static_cast<py::ssize_t>(columns)},
-                  data.data(), owner);
+  return Array<T>({columns == 0 ? 0 : size / columns, columns}, data.data(), owner);
 }
 
 template <class T>

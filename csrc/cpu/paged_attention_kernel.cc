@@ -23,7 +23,10 @@ constexpr int kMaxSegment = 32;     // blocks
 constexpr int kMaxHead = static_cast<int>(kMaxHeadSize);
 
 // Tiles of at least this many queries transpose the key block, which saves the horizontal sums.
-constexpr int kTransposeFrom = 12;
+constexpr int kTransposeFrom = 16;
+
+// Products that one running sum takes before it is added to the total; bounds the rounding error.
+constexpr int kSumLength = 64;
 
 // Below this many multiply-adds a second thread costs more than it saves.
 constexpr int64_t kWorkPerThread = 1 << 17;
@@ -110,8 +113,15 @@ struct RowKeys {
   }
 };
 
+// Not `= {}`, which the compiler turns into a memset of the stack.
+template <int ROWS, int COLUMNS>
+inline void clear(VecF (&acc)[ROWS][COLUMNS]) {
+  for (int r = 0; r < ROWS; ++r) {
+    for (int j = 0; j < COLUMNS; ++j) acc[r][j] = VecF{};
+  }
+}
+
 // --- scores
-// ---------------------------------------------------------------------------------------
 
 // scores[r, key] = query[r] . key[key] for ROWS queries and one block; keys from num_keys on,
 // rounded up to four, are left alone.
@@ -120,7 +130,8 @@ void score_rows(const typename E::Type* keys, int size, int num_keys, const floa
                 int query_stride, float* scores, int score_stride) {
   for (int key = 0; key < num_keys; key += 4) {
     const typename E::Type* k = keys + key * size;
-    VecF acc[ROWS][4] = {};
+    VecF acc[ROWS][4];
+    clear(acc);
     for (int i = 0; i < size; i += kWidth) {
       VecF kv[4];
       for (int j = 0; j < 4; ++j) kv[j] = E::load_vec(k + j * size + i);
@@ -175,17 +186,26 @@ template <int ROWS>
 void score_transposed_rows(const float* keys, int size, const float* query, int query_stride,
                            float* scores, int score_stride) {
   constexpr int kVecs = kBlock / kWidth;
-  VecF acc[ROWS][kVecs] = {};
-  for (int i = 0; i < size; ++i) {
-    VecF kv[kVecs];
-    for (int j = 0; j < kVecs; ++j) kv[j] = load(keys + i * kBlock + j * kWidth);
+  VecF sum[ROWS][kVecs];
+  clear(sum);
+  for (int begin = 0; begin < size; begin += kSumLength) {
+    const int end = begin + kSumLength < size ? begin + kSumLength : size;
+    VecF acc[ROWS][kVecs];
+    clear(acc);
+    for (int i = begin; i < end; ++i) {
+      VecF kv[kVecs];
+      for (int j = 0; j < kVecs; ++j) kv[j] = load(keys + i * kBlock + j * kWidth);
+      for (int r = 0; r < ROWS; ++r) {
+        const VecF q = splat(query[r * query_stride + i]);
+        for (int j = 0; j < kVecs; ++j) acc[r][j] += q * kv[j];
+      }
+    }
     for (int r = 0; r < ROWS; ++r) {
-      const VecF q = splat(query[r * query_stride + i]);
-      for (int j = 0; j < kVecs; ++j) acc[r][j] += q * kv[j];
+      for (int j = 0; j < kVecs; ++j) sum[r][j] += acc[r][j];
     }
   }
   for (int r = 0; r < ROWS; ++r) {
-    for (int j = 0; j < kVecs; ++j) store(scores + r * score_stride + j * kWidth, acc[r][j]);
+    for (int j = 0; j < kVecs; ++j) store(scores + r * score_stride + j * kWidth, sum[r][j]);
   }
 }
 
@@ -196,6 +216,11 @@ void score_transposed(const float* keys, int size, const float* query, int query
     score_transposed_rows<kTransposedRows>(keys, size, query + r * query_stride, query_stride,
                                            scores + r * score_stride, score_stride);
   }
+  if (r + kTransposedRows / 2 <= num_queries) {
+    score_transposed_rows<kTransposedRows / 2>(keys, size, query + r * query_stride, query_stride,
+                                               scores + r * score_stride, score_stride);
+    r += kTransposedRows / 2;
+  }
   for (; r < num_queries; ++r) {
     score_transposed_rows<1>(keys, size, query + r * query_stride, query_stride,
                              scores + r * score_stride, score_stride);
@@ -203,7 +228,6 @@ void score_transposed(const float* keys, int size, const float* query, int query
 }
 
 // --- values
-// ---------------------------------------------------------------------------------------
 
 // acc[r, 0 : VECS * kWidth] += sum over the segment's keys of p[r, key] * value[key, ...]
 template <class E, int ROWS, int VECS>
@@ -274,7 +298,6 @@ void add_values(const typename E::Type* const* blocks, const int* first, const i
 }
 
 // --- one tile
-// -------------------------------------------------------------------------------------
 
 // p = exp(s - max); the accumulators so far are rescaled to the new maximum.
 void softmax_update(float* scores, int num_scores, float* row_max, float* row_sum, float* acc,
@@ -366,11 +389,11 @@ void attend_segment(const PagedAttentionArgs& a, const RowKeys& keys, int64_t kv
     score_block<E>(a, static_cast<const T*>(a.key_pool) + place * key_size, block.num_keys,
                    num_queries, s, s.scores + b * kBlock, num_scores);
   }
-  if (a.soft_cap > 0) {
-    const VecF cap = splat(a.soft_cap);
-    for (int i = 0; i < num_queries * num_scores; i += kWidth) {
-      store(s.scores + i, cap * vtanh(load(s.scores + i) / cap));
-    }
+  const VecF scale = splat(a.scale);
+  const VecF cap = splat(a.soft_cap);
+  for (int i = 0; i < num_queries * num_scores; i += kWidth) {
+    const VecF scaled = scale * load(s.scores + i);
+    store(s.scores + i, a.soft_cap > 0 ? cap * vtanh(scaled / cap) : scaled);
   }
   for (int b = 0; b < num_blocks; ++b) {
     const KeyBlock block = keys.at(first_block + b);
@@ -427,7 +450,7 @@ void attend_tile(const PagedAttentionArgs& a, int64_t row, int64_t kv_head, int6
     const T* query = static_cast<const T*>(a.query) + (first_token + token) * a.query_token_stride +
                      head * a.query_head_stride;
     float* q = s.query + m * query_stride;
-    for (int i = 0; i < key_size; ++i) q[i] = E::to_float(query[i]) * a.scale;
+    for (int i = 0; i < key_size; ++i) q[i] = E::to_float(query[i]);
     for (int i = key_size; i < query_stride; ++i) q[i] = 0.0f;
     memset(s.acc + m * acc_size, 0, static_cast<size_t>(acc_size) * sizeof(float));
     s.position[m] = first_position + token;
@@ -453,7 +476,6 @@ void attend_tile(const PagedAttentionArgs& a, int64_t row, int64_t kv_head, int6
 }
 
 // --- all tiles
-// ------------------------------------------------------------------------------------
 
 int64_t num_tiles(const PagedAttentionArgs& a, int64_t row) {
   const int64_t queries =

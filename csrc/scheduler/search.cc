@@ -138,8 +138,8 @@ bool Search::select() {
       std::min<std::ptrdiff_t>(spec.beam_width, static_cast<std::ptrdiff_t>(order.size()));
   std::partial_sort(order.begin(), order.begin() + num_kept, order.end(), is_better);
   const auto is_finished = [](const Candidate* c) { return c->is_finished(); };
-  if (length() >= spec.max_tokens ||
-      std::all_of(order.begin(), order.begin() + num_kept, is_finished)) {
+  // At max_tokens nobody is left unfinished.
+  if (std::all_of(order.begin(), order.begin() + num_kept, is_finished)) {
     finalize(Finish::kAbort);
     return true;
   }

@@ -94,44 +94,43 @@ TEST_CASE("a chunk forwards W + (L-1) * W * K rows, each sample to its own slot"
 }
 
 TEST_CASE("rows say which roles forward them") {
-  Scheduler scheduler(make_config(1000, 3));
-  RequestSpec spec = make_spec(2, 2, 5, 20);
-  spec.step_roles = 1;
-  scheduler.add_request(spec);
-  run_burst(&scheduler);
-  const BurstPlan& inside = scheduler.plan();  // inside a chunk: all candidates, step roles alone
-  CHECK(inside.row_request.size() == 4);
-  CHECK(inside.num_steps == 2);
-  CHECK(inside.copies.empty());
-  for (size_t i = 0; i < 4; ++i) {
-    CHECK(inside.row_roles[i] == 1);
-    CHECK(inside.row_position[i] == 2);
-    CHECK(inside.row_token[i] == 1000 * static_cast<int32_t>(i) + 2);
-    CHECK(inside.sample_row[i] == static_cast<int32_t>(i));
-  }
-  scheduler.commit_tokens(Samples(inside).view());
-
-  SchedulerConfig config = make_config();
+  SchedulerConfig config = make_config(1000, 3);
   config.num_roles = 3;
-  Scheduler three(config);
+  Scheduler scheduler(config);
+  RequestSpec spec = make_spec(2, 2, 5, 20);
   spec.prompt_lens = {20, 3, 40};
   spec.step_roles = 1;
   spec.settle_roles = 4;
-  three.add_request(spec);
-  run_burst(&three);
-  run_scores(&three);
-  const BurstPlan& settle = three.plan();
+  scheduler.add_request(spec);
+  run_burst(&scheduler);
+  const BurstPlan& inside = scheduler.plan();  // inside a chunk: all candidates, step roles alone
+  CHECK(inside.num_steps == 2);
+  CHECK(inside.copies.empty());
+  CHECK(inside.row_roles == std::vector<uint32_t>{1, 1, 1, 1});
+  CHECK(inside.row_position == Ints{2, 2, 2, 2});
+  CHECK(inside.row_token == Ints{2, 1002, 2002, 3002});
+  CHECK(inside.sample_row == Ints{0, 1, 2, 3});
+  scheduler.commit_tokens(Samples(inside).view());
+  run_scores(&scheduler);
+  const BurstPlan& settle = scheduler.plan();
   CHECK(settle.prompt_blocks == Ints{3});
-  REQUIRE(settle.row_request.size() == 2);
-  for (const uint32_t roles : settle.row_roles) CHECK(roles == 5);
+  CHECK(settle.row_roles == std::vector<uint32_t>{5, 5});
   CHECK(settle.row_position == Ints{4, 4});
+  CHECK(settle.row_token == Ints{4, 1004});
+  CHECK(settle.sample_row == Ints{0, 1, 0, 1});
 }
 
 TEST_CASE("finished candidates leave the batch at the next burst, shorter requests are pads") {
   Scheduler scheduler(make_config(1000, 4));
   scheduler.add_request(make_spec(1, 3, 8, 40));
-  scheduler.add_request(make_spec(1, 2, 8, 2));
+  scheduler.add_request(make_spec(1, 2, 8, 2, 50));
   const BurstPlan& first = scheduler.plan();
+  CHECK(first.prompt_blocks == Ints{2, 4});
+  for (int32_t b = 0; b < 5; ++b) {
+    const int32_t* table = first.sample_tables.data() + b * first.table_width;
+    const int32_t block = table[first.prompt_blocks[first.sample_request[b]]];
+    CHECK(first.sample_slots[b] == block * kBlockSize);
+  }
   CHECK(first.num_steps == 4);
   CHECK(first.sample_steps == Ints{4, 4, 4, 2, 2});
   for (int32_t step = 0; step < 4; ++step) {
@@ -207,7 +206,10 @@ TEST_CASE("clones of a finished survivor are not scored again") {
   CHECK(plan.sample_row == Ints{0, 0});
   CHECK(plan.row_token == Ints{1});  // candidate 0's last: token 0 at response index 1
   scheduler.commit_tokens(Samples(plan).view());
-  CHECK(scheduler.plan_scores().row_candidate == Ints{1, 3});
+  const ScorePlan& again = scheduler.plan_scores();
+  CHECK(again.row_candidate == Ints{1, 3});
+  CHECK(again.row_start == Ints{2, 2});
+  CHECK(again.row_length == Ints{4, 4});
   const double second[] = {1, 2};
   CHECK(scheduler.commit_scores(0, second, 2, nullptr, 0));
   // Both clones outrank the others: the search is over.
@@ -215,6 +217,30 @@ TEST_CASE("clones of a finished survivor are not scored again") {
   const SearchResult result = scheduler.take_result(0);
   CHECK(result.candidates[0].score == 5);
   CHECK(result.candidates[0].length == 1);
+}
+
+TEST_CASE("history of a live request's candidates") {
+  Scheduler scheduler(make_config(1000, 2));
+  const int64_t id = scheduler.add_request(make_spec(1, 2, 4, 8));
+  CHECK_THROWS_AS(scheduler.history(id, 0), InvalidParameter);  // not branched yet
+  run_burst(&scheduler);
+  const auto tokens = [&](int32_t candidate_id) {
+    Ints out;
+    for (const TokenRecord& record : scheduler.history(id, candidate_id)) {
+      out.push_back(record.token);
+    }
+    return out;
+  };
+  CHECK(tokens(1) == Ints{1000, 1001});
+  CHECK_THROWS_AS(scheduler.history(id, 2), InvalidParameter);
+  CHECK_THROWS_AS(scheduler.history(id + 1, 0), InvalidParameter);
+  run_burst(&scheduler);
+  run_scores(&scheduler, [](int64_t, int32_t candidate) { return candidate; });
+  CHECK_THROWS_AS(scheduler.history(id, 0), InvalidParameter);  // selected, not forked yet
+  const BurstPlan& plan = scheduler.plan();
+  CHECK(tokens(0) == Ints{1000, 1001, 1002, 1003});  // in flight: what the fork has given it
+  scheduler.commit_tokens(Samples(plan).view());
+  CHECK(tokens(0) == Ints{1000, 1001, 1002, 1003, 4, 5});
 }
 
 TEST_CASE("without a scorer the boundary selects by itself, by candidate id") {

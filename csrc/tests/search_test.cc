@@ -151,7 +151,10 @@ TEST_CASE("selection agrees with sorting everything") {
       draw(&search, 3);
       std::vector<double> scores;
       for (Candidate& candidate : search.pool) {
-        if (!candidate.is_finished() && rng() % 5 == 0) candidate.finish = Finish::kStop;
+        if (!candidate.is_finished() && rng() % 5 == 0) {
+          candidate.finish = Finish::kStopText;
+          candidate.stop_index = static_cast<int32_t>(rng() % 3);
+        }
         // Few distinct values: ties. A clone keeps the score that it has.
         scores.push_back(candidate.recent.empty() ? candidate.score : static_cast<int>(rng() % 4));
       }
@@ -160,11 +163,12 @@ TEST_CASE("selection agrees with sorting everything") {
         double score;
         int32_t id;
         bool is_finished;
+        int32_t stop_index;
         Ids tokens;
       };
       std::vector<Row> rows;
       for (const Candidate& c : search.pool) {
-        rows.push_back({c.score, c.id, c.is_finished(), tokens(c)});
+        rows.push_back({c.score, c.id, c.is_finished(), c.stop_index, tokens(c)});
       }
       std::sort(rows.begin(), rows.end(), [](const Row& a, const Row& b) {
         return a.score != b.score ? a.score > b.score : a.id < b.id;
@@ -197,6 +201,7 @@ TEST_CASE("selection agrees with sorting everything") {
           CHECK(child.id == c * W + r);
           CHECK(child.is_finished() == rows[r].is_finished);
           CHECK(child.is_scored == rows[r].is_finished);
+          CHECK(child.stop_index == rows[r].stop_index);
           CHECK(tokens(child) == rows[r].tokens);
           CHECK(child.score == rows[r].score);
         }
@@ -261,6 +266,22 @@ TEST_CASE("the n best of the last pool, clones once") {
   CHECK(tokens(search.pool[1]) == Ids{1, 1});
   CHECK(tokens(search.pool[0]) == Ids{0, 0, 3, 3});
   CHECK(search.num_blocks_held == 0);
+  CHECK(blocks.num_used() == 0);
+}
+
+TEST_CASE("what the end of the search leaves unfinished is reported as such") {
+  BlockPool blocks(100);
+  RequestSpec spec = make_spec(1, 3, 2, 10);
+  spec.num_outputs = 2;
+  Search search(spec, &blocks);
+  start(search);
+  draw(&search, 2);
+  search.pool[2].finish = Finish::kStop;
+  score(&search, {1, 2, 3});
+  CHECK(search.select());  // the only survivor is finished
+  CHECK(ids(search.pool) == Ids{2, 1});
+  CHECK(search.pool[0].finish == Finish::kStop);
+  CHECK(search.pool[1].finish == Finish::kAbort);
   CHECK(blocks.num_used() == 0);
 }
 
@@ -337,6 +358,7 @@ TEST_CASE("worst_case_blocks is the formula of the design") {
   CHECK(make_spec(4, 4, 5, 50, 20).worst_case_blocks() == 2 + 4 * 4 + 16 * 2);
   CHECK(make_spec(1, 8, 0, 50, 16).worst_case_blocks() == 1 + 8 * 4);
   CHECK(make_spec(2, 2, 1, 16, 17).worst_case_blocks() == 2 + 2 * 1 + 4 * 1);
+  CHECK(make_spec(2, 2, 2, 16, 17).worst_case_blocks() == 2 + 2 * 1 + 4 * 2);
   RequestSpec roles = make_spec(1, 1, 0, 1);
   roles.prompt_lens = {3, 0, 33};
   CHECK(roles.prompt_blocks() == 3);

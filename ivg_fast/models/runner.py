@@ -27,7 +27,8 @@ class ModelRunner:
     """One model plus its KV pools, one K and one V tensor a layer, [num_blocks, Hkv, 16, D].
 
     The model is put in eval mode and switched to the paged attention function, and stays so until
-    `close`; meanwhile it runs only through a runner. Several runners may share one model, each with pools of its own.
+    `close`; meanwhile it runs only through a runner. Several runners may share one model, each with
+    pools of its own.
 
     Args:
         model: a causal language model of transformers, or a ValueHeadModel, on one device.

@@ -33,6 +33,7 @@ class TokenScorer:
         self._vocab_size = vocab_size
         self._head = runners["value"].head_weight if "value" in runners else None
 
+    @torch.inference_mode()
     def scores(
         self,
         kind: str,

