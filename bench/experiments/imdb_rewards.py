@@ -12,6 +12,7 @@ gold reward with a paired bootstrap 95% interval over prompts.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import time
@@ -21,14 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from bench.experiments.plain_decode import Method, Models, generate
 from ivg_fast.assets import imdb_path
 from ivg_fast.training import common
 from ivg_fast.training.data import dev_prompts, test_prompts
 from ivg_fast.training.records import write_jsonl
 from ivg_fast.training.rewards import GoldReward, LexiconReward
 from ivg_fast.training.value_model import PrefixValueModel
-
-from bench.experiments.plain_decode import Method, Models, generate
 
 WIDTH, NUM_CANDIDATES, CHUNK = 4, 4, 5
 DEV_SEED = 1000
@@ -57,7 +58,7 @@ def distinct_2(texts: Sequence[str]) -> float:
     shares = []
     for text in texts:
         words = text.split()
-        pairs = list(zip(words, words[1:], strict=False))
+        pairs = list(itertools.pairwise(words))
         if pairs:
             shares.append(len(set(pairs)) / len(pairs))
     return float(np.mean(shares))

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from ivg_fast.training.value_model import PrefixValueModel
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from ivg_fast.training.value_model import PrefixValueModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +87,7 @@ def decode(
         is_last = t + 1 == max_tokens
         is_boundary = is_last or (method.chunk_length and (t + 1) % method.chunk_length == 0)
         if is_boundary and copies > 1:
-            if method.scorer == "explicit":
-                scores = models.value.values(ids)[:, -1]
-            else:
-                scores = implicit
+            scores = models.value.values(ids)[:, -1] if method.scorer == "explicit" else implicit
             order = scores.view(num_prompts, copies).sort(-1, descending=True, stable=True)
             best = order.indices[:, :width] + copies * torch.arange(num_prompts)[:, None]
             rows = best.repeat(1, method.num_candidates).flatten()

@@ -1,15 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A toy tokenizer and toy models; the `train` extra is needed for DPO and for fitting rewards."""
+"""A toy tokenizer, toy models and toy data."""
 
 from __future__ import annotations
 
 import random
 
 import pytest
+
 from ivg_fast.training.sft import new_gpt2
 from ivg_fast.training.tokenizer import train_tokenizer
 
-_WORDS = "the film was great awful boring lovely plot actor scene and but very not so it is".split()
+_WORDS = [
+    "the",
+    "film",
+    "was",
+    "great",
+    "awful",
+    "boring",
+    "lovely",
+    "plot",
+    "actor",
+    "scene",
+    "and",
+    "but",
+    "very",
+    "not",
+    "so",
+    "it",
+    "is",
+]
 
 
 def make_texts(count: int, seed: int, num_words: int = 30) -> list[str]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.training.packing import pack
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.training import preferences
 from ivg_fast.training.preferences import (

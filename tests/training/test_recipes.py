@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
+
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.training import common
 from ivg_fast.training.dpo import DPORecipe, token_ids, train_dpo
@@ -22,7 +25,6 @@ from ivg_fast.training.records import TrainingDataError
 from ivg_fast.training.sft import SFTConfig, new_gpt2, perplexity, train_sft
 from ivg_fast.training.value import ValueConfig, train_value
 from ivg_fast.training.value_model import value_model_from
-from safetensors.torch import load_file
 
 
 def run_sft(folder, tokenizer, model_folder, texts, samples, pairs, optimizer="adamw"):
@@ -78,8 +80,6 @@ def test_interrupted_run_resumes_to_the_same_weights(
 
 
 def json_steps(folder) -> int:
-    import json
-
     return json.loads((folder / "metrics.json").read_text())["num_steps"]
 
 
@@ -132,13 +132,13 @@ def test_tokenizer_without_eos_is_refused(recipe, tiny_model, samples, pairs, tm
 
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     folder = str(tmp_path / "run")
+    runs = {
+        "sft": lambda: train_sft(tiny_model, bare, ["a"], SFTConfig(folder)),
+        "dpo": lambda: train_dpo(tiny_model, bare, pairs, DPORecipe(folder)),
+        "value": lambda: train_value(tiny_model, bare, samples, ValueConfig(folder)),
+    }
     with pytest.raises(InvalidParameterError, match="must have an EOS token"):
-        if recipe == "sft":
-            train_sft(tiny_model, bare, ["a"], SFTConfig(folder))
-        elif recipe == "dpo":
-            train_dpo(tiny_model, bare, pairs, DPORecipe(folder))
-        else:
-            train_value(tiny_model, bare, samples, ValueConfig(folder))
+        runs[recipe]()
 
 
 def test_log_probabilities_of_responses(tokenizer, tiny_model, samples):

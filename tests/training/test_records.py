@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from ivg_fast.training.records import (
     PAIR_COLUMNS,
     SAMPLE_COLUMNS,

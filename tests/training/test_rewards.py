@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.training.rewards import GoldReward, accuracy
 

@@ -5,6 +5,9 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.training import common
 from ivg_fast.training.evaluate import final_values
@@ -12,8 +15,6 @@ from ivg_fast.training.records import TrainingDataError
 from ivg_fast.training.sft import new_gpt2
 from ivg_fast.training.value import ValueConfig, collate, encode, prefix_loss, train_value
 from ivg_fast.training.value_model import PrefixValueModel, value_model_from
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 
 def random_value_model(tokenizer, head: str, seed: int) -> PrefixValueModel:
