@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.training import common, evaluate, imdb
 from ivg_fast.training.dpo import DPORecipe, train_dpo
+from ivg_fast.training.grow import grow_gpt2
 from ivg_fast.training.preferences import PreferenceConfig, sample_preferences
 from ivg_fast.training.records import PAIR_COLUMNS, SAMPLE_COLUMNS, read_jsonl, write_jsonl
 from ivg_fast.training.rewards import GoldReward, accuracy
@@ -37,16 +38,21 @@ MODELS = ("base", "untuned", "tuned", "value")
 
 @dataclass(frozen=True, slots=True)
 class FamilySize:
-    """What a family is made of: (layers, hidden size) of its models, data and optimisation."""
+    """What a family is made of: layers and width of its models, data and optimisation.
 
-    base: tuple[int, int] = (6, 320)
-    guide: tuple[int, int] = (4, 192)
-    base_epochs: float = 1.25
+    The base grows out of `untuned` and has twice its width, so that an hour on two cores is enough.
+    """
+
+    base_layers: int = 6
+    guide_layers: int = 4
+    guide_hidden: int = 192
+    base_epochs: float = 1.0
     guide_epochs: float = 2.0
     vocab_size: int = 4096
     block_size: int = 512
     batch_size: int = 8
-    learning_rate: float = 3e-3
+    guide_learning_rate: float = 3e-3
+    base_learning_rate: float = 2e-3
     num_train_texts: int | None = None
     num_eval_texts: int = 400
     num_prompts: int = 12_000
@@ -61,8 +67,9 @@ class FamilySize:
 
 
 TINY = FamilySize(
-    base=(2, 64),
-    guide=(1, 32),
+    base_layers=2,
+    guide_layers=1,
+    guide_hidden=32,
     base_epochs=1.0,
     guide_epochs=1.0,
     vocab_size=512,
@@ -118,23 +125,30 @@ class Family:
         return GoldReward.load(file)
 
     def language_model(self, stage: str) -> None:
-        """Train `base` or `untuned` from scratch on the reviews."""
+        """Train `untuned` from scratch on the reviews, or `base` from a grown `untuned`."""
         size = self.size
-        layers, hidden = size.base if stage == "base" else size.guide
+        is_base = stage == "base"
         tokenizer = self.tokenizer()
         config = SFTConfig(
             output_dir=str(self.work / stage),
             block_size=size.block_size,
             batch_size=size.batch_size,
-            learning_rate=size.learning_rate,
-            epochs=size.base_epochs if stage == "base" else size.guide_epochs,
+            learning_rate=size.base_learning_rate if is_base else size.guide_learning_rate,
+            epochs=size.base_epochs if is_base else size.guide_epochs,
             optimizer="muon",
-            seed=self.seed + (stage == "base"),
-            save_steps=100,
+            schedule="wsd" if is_base else "cosine",
+            seed=self.seed + is_base,
+            save_steps=50,
             save_dtype="float16",
-            compile=hidden >= 128,
+            compile=size.guide_hidden >= 128,
         )
-        model = new_gpt2(tokenizer, layers, hidden, size.block_size, config.seed)
+        if is_base:
+            untuned = common.load_model(self.work / "untuned")
+            model = grow_gpt2(untuned, size.base_layers, config.seed)
+        else:
+            model = new_gpt2(
+                tokenizer, size.guide_layers, size.guide_hidden, size.block_size, config.seed
+            )
         train_sft(model, tokenizer, [r.text for r in self.train], config, self.test_texts)
 
     def preferences(self, stage: str) -> None:

@@ -17,11 +17,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "wsd")
 
 
 @dataclass(frozen=True, slots=True)
 class SFTConfig:
-    """Settings of `train_sft`. `epochs` counts passes over the texts; sizes are in tokens."""
+    """Settings of `train_sft`.
+
+    `epochs` counts passes over the texts, `block_size` tokens. `schedule` "wsd" holds the learning
+    rate until the last `decay_ratio` of the steps, "cosine" lowers it all the way.
+    """
 
     output_dir: str
     block_size: int = 512
@@ -31,6 +36,8 @@ class SFTConfig:
     optimizer: str = "adamw"
     weight_decay: float = 0.05
     warmup_ratio: float = 0.05
+    schedule: str = "cosine"
+    decay_ratio: float = 0.4
     seed: int = 0
     save_steps: int = 200
     save_dtype: str = "float32"
@@ -40,8 +47,11 @@ class SFTConfig:
         common.check_config(self)
         if self.optimizer not in OPTIMIZERS:
             raise InvalidParameterError("optimizer", self.optimizer, f"must be one of {OPTIMIZERS}")
-        if not 0 <= self.warmup_ratio < 1:
-            raise InvalidParameterError("warmup_ratio", self.warmup_ratio, "must be in [0, 1)")
+        if self.schedule not in SCHEDULES:
+            raise InvalidParameterError("schedule", self.schedule, f"must be one of {SCHEDULES}")
+        for name in ("warmup_ratio", "decay_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InvalidParameterError(name, getattr(self, name), "must be in [0, 1)")
 
 
 def new_gpt2(
@@ -145,12 +155,19 @@ def train_sft(
 
     num_steps = len(rows) // config.batch_size
     arguments = common.trainer_arguments(config, folder)
-    # The rows already are all the epochs.
+    # The rows already are all the epochs, in random order.
     arguments |= {
         "num_train_epochs": 1,
+        "train_sampling_strategy": "sequential",
         "warmup_steps": int(config.warmup_ratio * num_steps),
         "weight_decay": config.weight_decay,
     }
+    if config.schedule == "wsd":
+        arguments["lr_scheduler_type"] = "warmup_stable_decay"
+        arguments["lr_scheduler_kwargs"] = {
+            "num_decay_steps": int(config.decay_ratio * num_steps),
+            "decay_type": "linear",
+        }
     model.config.use_cache = False
     if config.compile:
         model.compile()
