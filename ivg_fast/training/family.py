@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivg_fast.errors import InvalidParameterError
-from ivg_fast.training import common, evaluate, imdb
+from ivg_fast.training import card, common, evaluate, imdb
 from ivg_fast.training.dpo import DPORecipe, train_dpo
 from ivg_fast.training.grow import grow_gpt2
 from ivg_fast.training.preferences import PreferenceConfig, sample_preferences
@@ -47,7 +47,7 @@ class FamilySize:
     guide_layers: int = 4
     guide_hidden: int = 192
     base_epochs: float = 1.0
-    guide_epochs: float = 2.0
+    guide_epochs: float = 1.5
     vocab_size: int = 4096
     block_size: int = 512
     batch_size: int = 8
@@ -253,6 +253,7 @@ class Family:
             [{"split": "test", "prompt": p} for p in test]
             + [{"split": "dev", "prompt": p} for p in dev],
         )
+        (out / "README.md").write_text(card.render(out), encoding="utf-8")
 
     def build(self, stages: list[str]) -> None:
         self.tokenizer()

@@ -54,6 +54,7 @@ def test_family_from_nothing(reviews_csv, tmp_path):
     assert report["untuned_perplexity"] < 512
     assert 0 <= report["value_accuracy"] <= 1
     assert 0 <= report["implicit_accuracy"] <= 1
+    assert f"{report['value_accuracy']:.3f} of the same pairs" in (out / "README.md").read_text()
 
     prompts = read_jsonl(out / "prompts.jsonl", {"split": str, "prompt": str})
     test = {record["prompt"] for record in prompts if record["split"] == "test"}
