@@ -16,17 +16,18 @@ from typing import Any
 _HEAD = """\
 # The IMDB family
 
-Four small GPT-2-shaped models that share one byte-level BPE tokenizer ({vocab_size} pieces), trained
-on labelled IMDB reviews by the recipes of `ivg_fast.training`. They exist so that steering can be
-shown, tested and measured without any download. They write English of a sort about films; they
-know nothing, and they repeat whatever bias the reviews have. Licence of weights: Apache-2.0.
+Four small GPT-2-shaped models that share one byte-level BPE tokenizer ({vocab_size} pieces),
+trained on labelled IMDB reviews by the recipes of `ivg_fast.training`. They exist so that steering
+can be shown, tested and measured without any download. They write English of a sort about films;
+they know nothing, and they repeat whatever bias the reviews have. Licence of weights: Apache-2.0.
 
 | folder | what | parameters | held-out perplexity (a token) |
 |---|---|---|---|
-| `base` | frozen base that is steered; grown out of `untuned`, then trained on | {base_parameters:,} | \
-{base_perplexity:.1f} |
+| `base` | frozen base that is steered; grown out of `untuned`, then trained on | \
+{base_parameters:,} | {base_perplexity:.1f} |
 | `untuned` | small language model of reviews | {untuned_parameters:,} | {untuned_perplexity:.1f} |
-| `tuned` | DPO of `untuned` towards positive reviews | {tuned_parameters:,} | {tuned_perplexity:.1f} |
+| `tuned` | DPO of `untuned` towards positive reviews | {tuned_parameters:,} | \
+{tuned_perplexity:.1f} |
 | `value` | explicit prefix value: backbone of `untuned`, bias-free vocabulary head \
 `score_head.weight`, FUDGE regression to the gold reward | | |
 
@@ -63,8 +64,8 @@ Trained on 2 CPU cores (bf16 autocast) that other work shared; minutes are wall-
 
 | stage | what | minutes |
 |---|---|---|
-| `untuned` | {guide_layers} x {guide_hidden}, from scratch, Muon and AdamW, {guide_epochs} epochs of \
-packed rows of {block_size} tokens | {untuned_minutes:.0f} |
+| `untuned` | {guide_layers} x {guide_hidden}, from scratch, Muon and AdamW, {guide_epochs} epochs \
+of packed rows of {block_size} tokens | {untuned_minutes:.0f} |
 | `base` | {base_layers} x {base_hidden}, Net2Net growth of `untuned`, {base_epochs} epochs | \
 {base_minutes:.0f} |
 | preferences | two responses to each of {num_prompts:,} train prompts, labelled by Bradley-Terry \

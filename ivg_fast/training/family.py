@@ -55,13 +55,13 @@ class FamilySize:
     base_learning_rate: float = 2e-3
     num_train_texts: int | None = None
     num_eval_texts: int = 400
-    num_prompts: int = 12_000
-    num_dpo_pairs: int = 8_000
+    num_prompts: int = 8_000
+    num_dpo_pairs: int = 6_000
     num_heldout_pairs: int = 1_000
     response_tokens: int = 50
     temperature: float = 0.8
     dpo_epochs: float = 2.0
-    value_epochs: float = 3.0
+    value_epochs: float = 2.0
     num_test_prompts: int = 300
     num_dev_prompts: int = 100
 
