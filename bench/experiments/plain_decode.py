@@ -88,7 +88,7 @@ def decode(
         is_boundary = is_last or (method.chunk_length and (t + 1) % method.chunk_length == 0)
         if is_boundary and copies > 1:
             scores = models.value.values(ids)[:, -1] if method.scorer == "explicit" else implicit
-            order = scores.view(num_prompts, copies).sort(-1, descending=True, stable=True)
+            order = scores.view(num_prompts, copies).sort(dim=-1, descending=True, stable=True)
             best = order.indices[:, :width] + copies * torch.arange(num_prompts)[:, None]
             rows = best.repeat(1, method.num_candidates).flatten()
             ids, implicit = ids[rows], implicit[rows]
