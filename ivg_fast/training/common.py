@@ -156,6 +156,29 @@ def trainer_arguments(config: RecipeConfig, folder: Path) -> dict[str, Any]:
     }
 
 
+def stopwatch(folder: Path) -> Any:
+    """A Trainer callback whose `minutes` counts the training time of all sessions of a run.
+
+    The time of an interrupted session counts up to its last checkpoint.
+    """
+    from transformers import TrainerCallback
+
+    file = folder / "checkpoints" / "seconds.txt"
+    before = float(file.read_text()) if file.exists() else 0.0
+
+    class Stopwatch(TrainerCallback):
+        start = time.monotonic()
+
+        @property
+        def minutes(self) -> float:
+            return (before + time.monotonic() - self.start) / 60
+
+        def on_save(self, *args: Any, **kwargs: Any) -> None:
+            file.write_text(f"{60 * self.minutes}\n")
+
+    return Stopwatch()
+
+
 def last_checkpoint(folder: Path) -> str | None:
     """The newest Trainer checkpoint of a run folder, if there is one."""
     from transformers.trainer_utils import get_last_checkpoint

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -119,9 +118,10 @@ def train_dpo(
     trainer.train_dataset = trainer.train_dataset.map(
         lambda pair: token_ids(tokenizer, pair, config.append_eos)
     )
-    start = time.monotonic()
+    watch = common.stopwatch(folder)
+    trainer.add_callback(watch)
     result = trainer.train(resume_from_checkpoint=common.last_checkpoint(folder))
-    minutes = (time.monotonic() - start) / 60
+    minutes = watch.minutes
     tuned = trainer.model.merge_and_unload() if config.lora_rank else trainer.model
     common.save_model(tuned, tokenizer, folder, config.save_dtype)
     logs = [log for log in trainer.state.log_history if "rewards/accuracies" in log]

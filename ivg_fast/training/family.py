@@ -55,8 +55,8 @@ class FamilySize:
     base_learning_rate: float = 2e-3
     num_train_texts: int | None = None
     num_eval_texts: int = 400
-    num_prompts: int = 8_000
-    num_dpo_pairs: int = 6_000
+    num_prompts: int = 4_000
+    num_dpo_pairs: int = 3_000
     num_heldout_pairs: int = 1_000
     response_tokens: int = 50
     temperature: float = 0.8

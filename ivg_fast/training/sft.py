@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -182,9 +181,10 @@ def train_sft(
         train_dataset=Rows(),
         optimizers=(optimizer, None),
     )
-    start = time.monotonic()
+    watch = common.stopwatch(folder)
+    trainer.add_callback(watch)
     result = trainer.train(resume_from_checkpoint=common.last_checkpoint(folder))
-    minutes = (time.monotonic() - start) / 60
+    minutes = watch.minutes
     model.config.use_cache = True
     common.save_model(model, tokenizer, folder, config.save_dtype)
     metrics = {

@@ -8,7 +8,6 @@ over the next token replaced by the sampled one).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -164,9 +163,10 @@ def train_value(
         train_dataset=rows,
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
     )
-    start = time.monotonic()
+    watch = common.stopwatch(folder)
+    trainer.add_callback(watch)
     result = trainer.train(resume_from_checkpoint=common.last_checkpoint(folder))
-    minutes = (time.monotonic() - start) / 60
+    minutes = watch.minutes
     model.save(folder, tokenizer, config.save_dtype)
     return common.write_metrics(
         folder,
