@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A thin bridge from setuptools to CMakeLists.txt, which is the one build definition.
 
-`IVG_FAST_CUDA` chooses the CUDA kernels: unset builds them if nvcc is found, 1 requires them, 0 leaves
-them out. Nothing here imports torch: the extension has no torch headers, so it never needs torch to build.
+`IVG_FAST_CUDA` chooses the CUDA kernels: unset builds them if nvcc is found, 1 requires them, 0
+leaves them out. Nothing here imports torch: the extension has no torch headers, so it never needs
+torch to build.
 """
 
 import os

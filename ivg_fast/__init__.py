@@ -4,4 +4,38 @@
 # torch comes first: its OpenMP runtime is the one that the extension then shares.
 import torch  # noqa: F401
 
+from ivg_fast.engine import Engine
+from ivg_fast.errors import (
+    CapacityError,
+    InvalidParameterError,
+    IVGError,
+    NonFiniteLogitsError,
+    QueueFullError,
+    ScorerError,
+    UnsupportedModelError,
+    VocabularyMismatchError,
+)
+from ivg_fast.models.value_head import ValueHeadModel
+from ivg_fast.outputs import CandidateOutput, RequestOutput, SearchStats
+from ivg_fast.params import EngineConfig, ScoreInput, SearchParams
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "CandidateOutput",
+    "CapacityError",
+    "Engine",
+    "EngineConfig",
+    "IVGError",
+    "InvalidParameterError",
+    "NonFiniteLogitsError",
+    "QueueFullError",
+    "RequestOutput",
+    "ScoreInput",
+    "ScorerError",
+    "SearchParams",
+    "SearchStats",
+    "UnsupportedModelError",
+    "ValueHeadModel",
+    "VocabularyMismatchError",
+]

@@ -7,7 +7,14 @@ from typing import Any
 
 
 class IVGError(Exception):
-    """Base of every error that ivg_fast raises by itself."""
+    """Base of every error that ivg_fast raises by itself.
+
+    Attributes:
+        outputs: where Engine.generate raised it, what the other prompts returned, None for failed
+            ones.
+    """
+
+    outputs: list[Any] | None = None
 
 
 class InvalidParameterError(IVGError, ValueError):
@@ -33,7 +40,8 @@ class UnsupportedModelError(IVGError):
 
 
 class CapacityError(IVGError):
-    """A request that could never fit: not in the KV pool, not in the batch, not in the model's positions."""
+    """A request that could never fit: not in the KV pool, not in the batch, not in the model's
+    positions."""
 
 
 class QueueFullError(IVGError):
@@ -41,7 +49,8 @@ class QueueFullError(IVGError):
 
 
 class NonFiniteLogitsError(IVGError):
-    """A model returned logits from which no token can be drawn (NaN, or no finite entry in a row)."""
+    """A model returned logits from which no token can be drawn (NaN, or no finite entry in a
+    row)."""
 
 
 class ScorerError(IVGError):

@@ -9,5 +9,7 @@ namespace ivg::bindings {
 namespace py = pybind11;
 
 void bind_scheduler(py::module_& m);
+void bind_kv(py::module_& m);
+void bind_sample(py::module_& m);
 
 }  // namespace ivg::bindings

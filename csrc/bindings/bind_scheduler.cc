@@ -297,6 +297,16 @@ void bind_scheduler(py::module_& m) {
                                    static_cast<int32_t>(stride));
           },
           py::arg("request_id"), py::arg("scores"), py::arg("rewards") = py::none())
+      .def(
+          "history",
+          [](const Scheduler& s, int64_t request_id, int32_t candidate_id) {
+            const std::vector<TokenRecord> records = s.history(request_id, candidate_id);
+            Array<int32_t> tokens(static_cast<py::ssize_t>(records.size()));
+            int32_t* out = tokens.mutable_data();
+            for (const TokenRecord& record : records) *out++ = record.token;
+            return tokens;
+          },
+          py::arg("request_id"), py::arg("candidate_id"))
       .def("take_finished", &Scheduler::take_finished)
       .def(
           "take_result",

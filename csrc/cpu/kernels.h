@@ -35,10 +35,111 @@ struct CopyBlocksArgs {
   int32_t num_threads;
 };
 
+// Attention of packed queries over the paged cache. Row i has prompt_lens[i] prompt keys, in the
+// slots [0, P) of its first blocks, and response_lens[i] response keys, from the start of its block
+// number response_block_start[i] on; its queries are the last ones of these positions. Trusts every
+// index: AttentionBatch has checked them.
+struct PagedAttentionArgs {
+  const void* query;                    // [num_tokens, num_heads, key_size], strided
+  int64_t query_token_stride;           // elements
+  int64_t query_head_stride;            // elements
+  const void* key_pool;                 // [num_blocks, num_kv_heads, 16, key_size], contiguous
+  const void* value_pool;               // [num_blocks, num_kv_heads, 16, value_size], contiguous
+  void* out;                            // [num_tokens, num_heads, value_size], contiguous
+  const int32_t* block_table;           // [num_rows, table_width]
+  const int32_t* query_start_loc;       // [num_rows + 1]
+  const int32_t* prompt_lens;           // [num_rows]
+  const int32_t* response_lens;         // [num_rows]
+  const int32_t* response_block_start;  // [num_rows]
+  const float* sinks;                   // [num_heads], or null
+  int64_t num_rows;
+  int64_t table_width;
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  int64_t key_size;        // 1..kMaxHeadSize
+  int64_t value_size;      // 1..kMaxHeadSize
+  int64_t sliding_window;  // 0: none
+  float scale;
+  float soft_cap;  // 0: none
+  DType dtype;     // of query, pools and out
+  int32_t num_threads;
+};
+constexpr int64_t kMaxHeadSize = 512;
+
+// Rows of logits, [rows, vocabulary]; data is null where there are none.
+struct LogitRows {
+  const void* data;
+  int64_t row_stride;  // elements
+  DType dtype;
+};
+
+// What one draw needs beside the logits. `greedy` has inverse_temperature 1 and no filters.
+struct SampleParams {
+  int64_t row;
+  double uniform;
+  float weight;
+  float temperature;
+  float inverse_temperature;
+  float top_p;    // 1: off
+  float min_p;    // 0: off
+  int64_t top_k;  // 0: off
+  bool greedy;
+  const int32_t* banned;  // ids that may not be drawn
+  int64_t num_banned;
+};
+
+// Entries that one stride of the inverse CDF covers, and one stretch of a thread's work.
+constexpr int64_t kVocabBlock = 1024;
+constexpr int64_t kBlocksPerItem = 8;
+// Floats of statistics a block: maximum and sum for z, base, tuned and untuned.
+constexpr int64_t kStatsPerBlock = 8;
+// Floats of a worker's filter scratch a vocabulary entry: z, and three lists of survivors. Beside
+// them kLanesPerBlock floats a block.
+constexpr int64_t kFilterArrays = 4;
+constexpr int64_t kLanesPerBlock = 16;
+
+// A group is a run of samples with equal parameters and row: they share all but the draw.
+struct GuidedSampleArgs {
+  LogitRows base;
+  LogitRows tuned;
+  LogitRows untuned;
+  int64_t vocab_size;
+  const SampleParams* samples;  // [num_samples]
+  const int64_t* group_begins;  // [num_groups + 1]
+  int64_t num_groups;
+  bool has_filters;
+  float* stats;        // [num_groups, kStatsPerBlock, blocks], blocks padded to a multiple of 16
+  float* filters;      // [min(num_groups, num_threads)] workers' scratch, where has_filters
+  int64_t* token_ids;  // the outputs, [num_samples]
+  float* logprob;
+  float* base_logprob;
+  float* implicit_reward;
+  float* value;
+  bool* valid;
+  int32_t num_threads;
+};
+
+// log_softmax(logits[rows[i]])[token_ids[i]], less the same of `minus` where that is given.
+struct TokenLogprobsArgs {
+  LogitRows logits;
+  LogitRows minus;
+  int64_t vocab_size;
+  const int64_t* rows;  // [num_tokens]
+  const int64_t* token_ids;
+  int64_t num_tokens;
+  const int64_t* owners;  // [num_tokens]: the first of the run of tokens with this row
+  float* stats;           // [num_tokens, 2, 2, blocks] as above
+  float* out;
+  int32_t num_threads;
+};
+
 // name, argument struct
-#define IVG_FOR_EACH_KERNEL(X) \
-  X(write_kv, WriteKvArgs)     \
-  X(copy_blocks, CopyBlocksArgs)
+#define IVG_FOR_EACH_KERNEL(X)           \
+  X(write_kv, WriteKvArgs)               \
+  X(copy_blocks, CopyBlocksArgs)         \
+  X(paged_attention, PagedAttentionArgs) \
+  X(guided_sample, GuidedSampleArgs)     \
+  X(token_logprobs, TokenLogprobsArgs)
 
 struct CpuKernels {
   const char* isa;

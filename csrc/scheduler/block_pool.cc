@@ -9,7 +9,10 @@
 namespace ivg {
 
 BlockPool::BlockPool(int32_t num_blocks) {
-  if (num_blocks < 1) throw InvalidParameter("num_blocks", num_blocks, "must be at least 1");
+  if (num_blocks < 1 || num_blocks > kMaxBlocks) {
+    throw InvalidParameter("num_blocks", num_blocks,
+                           "must be in [1, " + std::to_string(kMaxBlocks) + "]");
+  }
   ref_counts_.assign(num_blocks, 0);
   free_.resize(num_blocks);
   std::iota(free_.rbegin(), free_.rend(), 0);
@@ -44,12 +47,16 @@ std::vector<int32_t> BlockPool::fork(const std::vector<int32_t>& table, int32_t 
   }
   const int32_t num_full = num_tokens / kBlockSize;
   const bool has_partial = num_tokens % kBlockSize != 0;
+  for (int32_t i = 0; i < blocks_for(num_tokens); ++i) check_in_use(table[i]);
+  const int32_t fresh = has_partial ? allocate() : -1;  // the last that may throw: nothing changed
   std::vector<int32_t> child;
-  child.reserve(table.size() + 1);               // a chunk often needs one block more
-  if (has_partial) child.push_back(allocate());  // first: if it throws, nothing has changed
-  child.insert(child.begin(), table.begin(), table.begin() + num_full);
-  for (int32_t i = 0; i < num_full; ++i) share(table[i]);
-  if (has_partial) copies->push_back({table[num_full], child[num_full]});
+  child.reserve(table.size() + 1);  // a chunk often needs one block more
+  child.assign(table.begin(), table.begin() + num_full);
+  for (const int32_t block : child) ++ref_counts_[block];
+  if (has_partial) {
+    child.push_back(fresh);
+    copies->push_back({table[num_full], fresh});
+  }
   return child;
 }
 

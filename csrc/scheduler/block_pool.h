@@ -7,7 +7,8 @@
 
 namespace ivg {
 
-constexpr int32_t kBlockSize = 16;  // token slots a block
+constexpr int32_t kBlockSize = 16;                      // token slots a block
+constexpr int32_t kMaxBlocks = INT32_MAX / kBlockSize;  // slots are int32
 
 constexpr int32_t blocks_for(int64_t num_tokens) {
   return static_cast<int32_t>((num_tokens + kBlockSize - 1) / kBlockSize);

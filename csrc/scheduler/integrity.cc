@@ -8,8 +8,15 @@
 namespace ivg {
 
 void Scheduler::check_integrity() const {
+  const std::lock_guard lock(mutex_);
   blocks_.check_integrity();
   std::vector<int32_t> references(blocks_.num_blocks(), 0);
+  const auto refer = [&](const std::vector<int32_t>& table) {
+    for (const int32_t block : table) {
+      IVG_CHECK(block >= 0 && block < blocks_.num_blocks());
+      ++references[block];
+    }
+  };
   int64_t blocks = 0;
   int32_t rows = 0;
   for (const auto& request : running_) {
@@ -23,13 +30,17 @@ void Scheduler::check_integrity() const {
     IVG_CHECK(search.num_blocks_held <= spec.worst_case_blocks());
     blocks += spec.worst_case_blocks();
     rows += spec.pool_size();
-    for (const int32_t block : search.prompt_table) ++references[block];
+    refer(search.prompt_table);
     std::vector<int32_t> distinct = search.prompt_table;
     for (const auto* candidates : {&search.pool, &search.survivors}) {
       for (const Candidate& candidate : *candidates) {
-        IVG_CHECK(static_cast<size_t>(candidate.length) == candidate.history().size());
+        size_t num_records = candidate.recent.size();
+        for (const Segment* s = candidate.past.get(); s; s = s->parent.get()) {
+          num_records += s->records.size();
+        }
+        IVG_CHECK(static_cast<size_t>(candidate.length) == num_records);
         IVG_CHECK(candidate.length <= spec.max_tokens);
-        for (const int32_t block : candidate.blocks) ++references[block];
+        refer(candidate.blocks);
         distinct.insert(distinct.end(), candidate.blocks.begin(), candidate.blocks.end());
         // Everything behind the last selection's full blocks is this candidate's alone: it will be
         // written.
@@ -51,6 +62,7 @@ void Scheduler::check_integrity() const {
   IVG_CHECK(blocks == reserved_blocks_ && blocks <= config_.num_blocks);
   IVG_CHECK(rows == reserved_rows_ && rows <= config_.max_num_rows);
   IVG_CHECK(live_.size() == waiting_.size() + running_.size());
+  for (const auto& [id, result] : results_) IVG_CHECK(live_.count(id) == 0);
   IVG_CHECK(!running_.empty() || blocks_.num_used() == 0);
   for (const auto& request : waiting_) {
     IVG_CHECK(request->state == State::kWaiting && request->search.num_blocks_held == 0);

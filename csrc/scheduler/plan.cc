@@ -48,7 +48,7 @@ bool Scheduler::may_start(const Request& request) const {
   if (L == 0) return true;
   return std::none_of(running_.begin(), running_.end(), [&](const std::unique_ptr<Request>& other) {
     if (other->state != State::kRunning || other->search.spec.chunk_length != L) return false;
-    const int32_t to_boundary = L - other->search.chunk_step;
+    const int32_t to_boundary = other->search.steps_to_boundary();
     return config_.max_join_steps < 0 || to_boundary <= config_.max_join_steps;
   });
 }
@@ -71,8 +71,10 @@ int32_t Scheduler::burst_steps(const std::vector<Request*>& taking_part) const {
 }
 
 const BurstPlan& Scheduler::plan() {
-  if (is_in_flight_)
+  const std::lock_guard lock(mutex_);
+  if (is_in_flight_) {
     throw InvalidState("plan() while a burst is in flight: commit_tokens() comes first");
+  }
   plan_.clear();
   admit();
 
@@ -190,6 +192,7 @@ void Scheduler::write_table(const Search& search, const Candidate* candidate,
 }
 
 const ScorePlan& Scheduler::plan_scores() {
+  const std::lock_guard lock(mutex_);
   if (is_in_flight_) throw InvalidState("plan_scores() while a burst is in flight");
   ScorePlan& plan = score_plan_;
   plan.clear();

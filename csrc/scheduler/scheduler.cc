@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <string>
 #include <utility>
 
@@ -46,8 +45,12 @@ void Scheduler::validate(const RequestSpec& spec) const {
             "must be positive for a role that takes part");
   }
   require(spec.step_roles & 1u, "step_roles", spec.step_roles, "must contain role 0, the base");
-  require(((static_cast<uint64_t>(spec.step_roles) | spec.settle_roles) >> config_.num_roles) == 0,
-          "step_roles", spec.step_roles, "must name existing roles");
+  const auto names_roles = [&](uint32_t roles) {
+    return static_cast<uint64_t>(roles) >> config_.num_roles == 0;
+  };
+  require(names_roles(spec.step_roles), "step_roles", spec.step_roles, "must name existing roles");
+  require(names_roles(spec.settle_roles), "settle_roles", spec.settle_roles,
+          "must name existing roles");
   require(spec.beam_width >= 1 && spec.beam_width <= kMaxTokens, "beam_width", spec.beam_width,
           "must be in [1, 2^24]");
   require(spec.num_candidates >= 1 && spec.num_candidates <= kMaxTokens / spec.beam_width,
@@ -60,6 +63,9 @@ void Scheduler::validate(const RequestSpec& spec) const {
   require(spec.num_outputs >= 1 && spec.num_outputs <= spec.pool_size(), "num_outputs",
           spec.num_outputs, "must be in [1, beam_width * num_candidates]");
   require(spec.guidance >= 0, "guidance", spec.guidance, "must not be negative");
+}
+
+void Scheduler::check_fits(const RequestSpec& spec) const {
   if (spec.pool_size() > config_.max_num_rows) {
     throw CapacityExceeded(
         "the request needs beam_width * num_candidates = " + std::to_string(spec.pool_size()) +
@@ -73,10 +79,13 @@ void Scheduler::validate(const RequestSpec& spec) const {
 }
 
 int64_t Scheduler::add_request(RequestSpec spec) {
+  const std::lock_guard lock(mutex_);
   validate(spec);
   // One candidate has nothing to be selected from: chunks could not change its tokens, only cost
-  // scores.
-  if (spec.pool_size() == 1) spec.chunk_length = 0;
+  // scores. And a chunk that no response outgrows is none: there is no fork to keep blocks for and
+  // no cohort to wait for.
+  if (spec.pool_size() == 1 || spec.chunk_length >= spec.max_tokens) spec.chunk_length = 0;
+  check_fits(spec);
   if (config_.max_queued_requests >= 0 &&
       static_cast<int32_t>(waiting_.size()) >= config_.max_queued_requests) {
     throw QueueFull(std::to_string(waiting_.size()) + " requests wait, max_queued_requests is " +
@@ -87,21 +96,24 @@ int64_t Scheduler::add_request(RequestSpec spec) {
   return next_id_++;
 }
 
-Scheduler::Request& Scheduler::find(int64_t request_id) {
+Scheduler::Request& Scheduler::find(int64_t request_id) const {
   const auto it = live_.find(request_id);
   require(it != live_.end(), "request_id", request_id, "must be a live request");
   return *it->second;
 }
 
+void Scheduler::check_given_out(int64_t request_id) const {
+  require(request_id >= 0 && request_id < next_id_, "request_id", request_id,
+          "must have been given out");
+}
+
 bool Scheduler::abort(int64_t request_id, Finish reason) {
+  const std::lock_guard lock(mutex_);
+  check_given_out(request_id);
   require(reason == Finish::kAbort || reason == Finish::kDeadline, "reason",
           static_cast<int>(reason), "must be kAbort or kDeadline");
   const auto it = live_.find(request_id);
-  if (it == live_.end()) {
-    require(request_id >= 0 && request_id < next_id_, "request_id", request_id,
-            "must have been given out");
-    return false;
-  }
+  if (it == live_.end()) return false;
   Request* request = it->second;
   if (request->is_in_flight) {
     // The device may still write the request's blocks: they must not be given away before the
@@ -133,9 +145,21 @@ void Scheduler::finish(Request* request) {
   running_.erase(std::find_if(running_.begin(), running_.end(), is_it));
 }
 
-std::vector<int64_t> Scheduler::take_finished() { return std::exchange(finished_, {}); }
+std::vector<TokenRecord> Scheduler::history(int64_t request_id, int32_t candidate_id) const {
+  const std::lock_guard lock(mutex_);
+  for (const Candidate& candidate : find(request_id).search.pool) {
+    if (candidate.id == candidate_id) return candidate.history();
+  }
+  throw InvalidParameter("candidate_id", candidate_id, "must be in the request's pool");
+}
+
+std::vector<int64_t> Scheduler::take_finished() {
+  const std::lock_guard lock(mutex_);
+  return std::exchange(finished_, {});
+}
 
 SearchResult Scheduler::take_result(int64_t request_id) {
+  const std::lock_guard lock(mutex_);
   const auto it = results_.find(request_id);
   require(it != results_.end(), "request_id", request_id, "must have ended and not been taken");
   SearchResult result = std::move(it->second);
@@ -162,37 +186,48 @@ void Scheduler::admit() {
   }
 }
 
-void Scheduler::commit_tokens(const CommittedTokens& committed) {
-  if (!is_in_flight_) throw InvalidState("commit_tokens() without a burst in flight");
+// All of it is checked before any of it is taken.
+void Scheduler::validate(const CommittedTokens& c) {
   const auto num_samples = static_cast<int32_t>(plan_.sample_request.size());
-  require(committed.num_samples == num_samples, "num_samples", committed.num_samples,
+  require(c.num_samples == num_samples, "num_samples", c.num_samples,
           "must be the plan's " + std::to_string(num_samples));
-  require(committed.num_steps >= 0 && committed.num_steps <= plan_.num_steps, "num_steps",
-          committed.num_steps, "must be in [0, " + std::to_string(plan_.num_steps) + "]");
-  // All of it is checked before any of it is taken.
-  for (int32_t b = 0; b < num_samples; ++b) {
-    const auto finish = static_cast<Finish>(committed.finish[b]);
-    const int32_t num_tokens = committed.num_tokens[b];
-    const bool is_stopped = finish == Finish::kStop || finish == Finish::kStopText;
-    require(is_stopped || finish == Finish::kNone, "finish", committed.finish[b],
-            "must be kNone, kStop or kStopText");
-    const bool is_aborted =
-        find(plan_.request_ids[plan_.sample_request[b]]).abort_reason != Finish::kNone;
-    const int32_t planned = plan_.sample_steps[b];
-    require(num_tokens <= std::min(planned, committed.num_steps) &&
-                (is_stopped   ? num_tokens >= 1
-                 : is_aborted ? num_tokens >= 0
-                              : num_tokens == planned),
-            "num_tokens", num_tokens,
-            "must be the planned " + std::to_string(planned) +
-                ", or fewer where the sample has finished");
+  require(c.num_steps >= 0 && c.num_steps <= plan_.num_steps, "num_steps", c.num_steps,
+          "must be in [0, " + std::to_string(plan_.num_steps) + "]");
+  int32_t b = 0;
+  for (size_t i = 0; i < plan_.request_ids.size(); ++i) {
+    const bool is_aborted = find(plan_.request_ids[i]).abort_reason != Finish::kNone;
+    for (const int32_t end = b + plan_.num_samples[i]; b < end; ++b) {
+      const auto finish = static_cast<Finish>(c.finish[b]);
+      const int32_t num_tokens = c.num_tokens[b];
+      const int32_t planned = plan_.sample_steps[b];
+      const bool is_stopped = finish == Finish::kStop || finish == Finish::kStopText;
+      if (!is_stopped && finish != Finish::kNone) {
+        throw InvalidParameter("finish", c.finish[b], "must be kNone, kStop or kStopText");
+      }
+      const int32_t least = is_stopped ? 1 : is_aborted ? 0 : planned;
+      if (num_tokens < least || num_tokens > std::min(planned, c.num_steps)) {
+        throw InvalidParameter("num_tokens", num_tokens,
+                               "must be the planned " + std::to_string(planned) +
+                                   ", or fewer where the sample has finished");
+      }
+      for (int32_t step = 0; step < num_tokens; ++step) {
+        const int32_t token = c.tokens[int64_t{step} * num_samples + b];
+        if (token < 0) throw InvalidParameter("tokens", token, "must not be negative");
+      }
+    }
   }
+}
+
+void Scheduler::commit_tokens(const CommittedTokens& committed) {
+  const std::lock_guard lock(mutex_);
+  if (!is_in_flight_) throw InvalidState("commit_tokens() without a burst in flight");
+  validate(committed);
   is_in_flight_ = false;
   int32_t sample = 0;
   for (size_t i = 0; i < plan_.request_ids.size(); ++i) {
     Request& request = find(plan_.request_ids[i]);
     request.is_in_flight = false;
-    append(&request, committed, sample);
+    append(&request.search, committed, sample);
     sample += plan_.num_samples[i];
     if (request.abort_reason != Finish::kNone) {
       request.search.finalize(request.abort_reason);
@@ -203,26 +238,27 @@ void Scheduler::commit_tokens(const CommittedTokens& committed) {
   }
 }
 
-void Scheduler::append(Request* request, const CommittedTokens& c, int32_t sample) {
-  Search& search = request->search;
-  const int32_t num_steps = std::min(plan_.num_steps, search.spec.max_tokens - search.length());
-  for (Candidate& candidate : search.pool) {
+void Scheduler::append(Search* search, const CommittedTokens& c, int32_t sample) const {
+  for (Candidate& candidate : search->pool) {
     if (candidate.is_finished()) continue;
-    for (int32_t step = 0; step < c.num_tokens[sample]; ++step) {
+    const int32_t num_tokens = c.num_tokens[sample];
+    const size_t before = candidate.recent.size();
+    candidate.recent.resize(before + num_tokens);
+    for (int32_t step = 0; step < num_tokens; ++step) {
       const int64_t at = int64_t{step} * c.num_samples + sample;
-      candidate.recent.push_back(
-          {c.tokens[at], c.logprobs[at], c.base_logprobs[at], c.rewards[at]});
+      candidate.recent[before + step] = {c.tokens[at], c.logprobs[at], c.base_logprobs[at],
+                                         c.rewards[at]};
       candidate.reward += c.rewards[at];
     }
-    candidate.length += c.num_tokens[sample];
+    candidate.length += num_tokens;
     candidate.finish = static_cast<Finish>(c.finish[sample]);
     candidate.stop_index = c.stop_index[sample];
-    if (!candidate.is_finished() && candidate.length == search.spec.max_tokens) {
+    if (!candidate.is_finished() && candidate.length == search->spec.max_tokens) {
       candidate.finish = Finish::kLength;
     }
     ++sample;
   }
-  search.chunk_step += num_steps;
+  search->chunk_step += std::min(plan_.num_steps, search->spec.max_tokens - search->length());
 }
 
 void Scheduler::reach_boundary(Request* request) {
@@ -239,6 +275,8 @@ void Scheduler::reach_boundary(Request* request) {
 
 bool Scheduler::commit_scores(int64_t request_id, const double* scores, int32_t num_scores,
                               const float* rewards, int32_t rewards_stride) {
+  const std::lock_guard lock(mutex_);
+  check_given_out(request_id);
   const auto it = live_.find(request_id);
   if (it == live_.end()) return false;
   Request* request = it->second;
@@ -252,9 +290,12 @@ bool Scheduler::commit_scores(int64_t request_id, const double* scores, int32_t 
   require(num_scores == static_cast<int32_t>(unscored.size()), "num_scores", num_scores,
           "must be the score plan's " + std::to_string(unscored.size()));
   for (int32_t i = 0; i < num_scores; ++i) {
-    require(std::isfinite(scores[i]), "scores", i, "must be finite at every index");
-    require(rewards == nullptr || static_cast<size_t>(rewards_stride) >= unscored[i]->recent.size(),
-            "rewards", rewards_stride, "must have a column for every new token");
+    if (!std::isfinite(scores[i])) {
+      throw InvalidParameter("scores", i, "must be finite at every index");
+    }
+    if (rewards != nullptr && rewards_stride < static_cast<int32_t>(unscored[i]->recent.size())) {
+      throw InvalidParameter("rewards", rewards_stride, "must have a column for every new token");
+    }
   }
   for (int32_t i = 0; i < num_scores; ++i) {
     Candidate* candidate = unscored[i];
@@ -275,7 +316,13 @@ bool Scheduler::commit_scores(int64_t request_id, const double* scores, int32_t 
   return true;
 }
 
+bool Scheduler::has_unfinished() const {
+  const std::lock_guard lock(mutex_);
+  return !live_.empty();
+}
+
 SchedulerStats Scheduler::stats() const {
+  const std::lock_guard lock(mutex_);
   return {static_cast<int32_t>(waiting_.size()), static_cast<int32_t>(running_.size()),
           blocks_.num_blocks(), blocks_.num_used(), reserved_rows_};
 }

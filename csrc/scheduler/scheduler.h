@@ -13,12 +13,14 @@
 //
 // States of a request: waiting -> ready -> running -> (scoring ->) ready ... -> finished. `ready`
 // means: at a boundary, the next plan() may start its chunk. Blocks move only inside plan(),
-// commit_*() and abort().
+// commit_*() and abort(). Calls may come from several threads (an abort during a plan, say); the
+// arrays of a plan are for the one thread that plans.
 #pragma once
 
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <mutex>
 #include <unordered_map>
 #include <vector>
 
@@ -145,12 +147,15 @@ class Scheduler {
   bool commit_scores(int64_t request_id, const double* scores, int32_t num_scores,
                      const float* rewards, int32_t rewards_stride);
 
+  // What a candidate of a live request's pool has committed, oldest first.
+  std::vector<TokenRecord> history(int64_t request_id, int32_t candidate_id) const;
+
   // Requests that have ended since the last call, in the order in which they did.
   std::vector<int64_t> take_finished();
   // The result of an ended request, once.
   SearchResult take_result(int64_t request_id);
 
-  bool has_unfinished() const { return !live_.empty(); }
+  bool has_unfinished() const;
   SchedulerStats stats() const;
   const SchedulerConfig& config() const { return config_; }
   // Throws IntegrityError unless every invariant holds. Cost: one pass over all tables.
@@ -171,17 +176,21 @@ class Scheduler {
   };
 
   void validate(const RequestSpec& spec) const;
-  Request& find(int64_t request_id);
+  void check_fits(const RequestSpec& spec) const;
+  void check_given_out(int64_t request_id) const;
+  void validate(const CommittedTokens& committed);
+  Request& find(int64_t request_id) const;
   void admit();
   bool may_start(const Request& request) const;
   int32_t burst_steps(const std::vector<Request*>& taking_part) const;
   void plan_request(Request* request);
   void write_table(const Search& search, const Candidate* candidate,
                    std::vector<int32_t>* tables) const;
-  void append(Request* request, const CommittedTokens& committed, int32_t first_sample);
+  void append(Search* search, const CommittedTokens& committed, int32_t first_sample) const;
   void reach_boundary(Request* request);
   void finish(Request* request);
 
+  mutable std::mutex mutex_;  // held by every public call
   SchedulerConfig config_;
   BlockPool blocks_;
   BurstPlan plan_;

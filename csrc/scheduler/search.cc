@@ -140,7 +140,7 @@ bool Search::select() {
   const auto is_finished = [](const Candidate* c) { return c->is_finished(); };
   if (length() >= spec.max_tokens ||
       std::all_of(order.begin(), order.begin() + num_kept, is_finished)) {
-    report();
+    finalize(Finish::kAbort);
     return true;
   }
   for (auto loser = order.begin() + num_kept; loser != order.end(); ++loser) release(*loser);
@@ -169,11 +169,11 @@ void Search::report() {
   std::vector<Candidate*> kept;
   for (Candidate* candidate : order) {
     if (static_cast<int32_t>(kept.size()) == spec.num_outputs) break;
-    // Clones of one finished survivor share its past and have nothing of their own.
-    const bool is_clone = candidate->recent.empty() && candidate->past &&
-                          std::any_of(kept.begin(), kept.end(), [&](const Candidate* c) {
-                            return c->recent.empty() && c->past == candidate->past;
-                          });
+    // Clones of one survivor share its past and have nothing of their own.
+    const bool is_clone =
+        candidate->recent.empty() && std::any_of(kept.begin(), kept.end(), [&](const Candidate* c) {
+          return c->recent.empty() && c->past == candidate->past;
+        });
     if (!is_clone) kept.push_back(candidate);
   }
   release_all();

@@ -122,7 +122,8 @@ class Search {
   void reserve_tokens(Candidate* candidate, int32_t num_tokens);
 
   // Keeps the best W of the scored pool as survivors and frees the others; true if the search is
-  // over, the pool then being its result, best first, clones reported once, at most `num_outputs`.
+  // over: the pool is then its result, best first, clones reported once, at most `num_outputs`, and
+  // what the end has left unfinished is kAbort.
   bool select();
   // Ends the search here, whatever has been scored: every unfinished candidate gets `reason`.
   void finalize(Finish reason);

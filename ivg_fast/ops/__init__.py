@@ -1,2 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops: one file each, a public function, its `*_ref` twin in plain PyTorch, and the choice of backend."""
+"""The ops: one file each, a public function, its `*_ref` twin in plain PyTorch, and the choice of
+backend."""

@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs one burst: the first, mixed forward (prompts, settled survivors, rows that go on), the
+fork's copies, then the decode steps until the next look of the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ivg_fast.batches import DecodeRows, Int32s, Int64s, first_batch
+from ivg_fast.errors import NonFiniteLogitsError
+from ivg_fast.models.runner import ModelRunner
+from ivg_fast.models.values import TokenScorer
+from ivg_fast.ops.guided_sample import GuidedSample, guided_sample
+from ivg_fast.params import GUIDANCE_KINDS
+from ivg_fast.request import (
+    FINISH_NONE,
+    FINISH_STOP,
+    FINISH_STOP_TEXT,
+    GUIDES,
+    ROLE_BIT,
+    LiveRequest,
+    find_stop,
+    score_roles,
+)
+
+# Tokens that a candidate has committed, by request id and candidate id.
+History = Callable[[int, int], Int32s]
+
+
+@dataclass(slots=True)
+class BurstResult:
+    """What was drawn, [num_steps, B] each; a candidate's columns count up to num_tokens."""
+
+    tokens: Int32s
+    logprobs: NDArray[np.float32]
+    base_logprobs: NDArray[np.float32]
+    rewards: NDArray[np.float32]
+    values: NDArray[np.float32]
+    num_tokens: Int32s
+    finish: NDArray[np.uint8]
+    stop_index: Int32s
+
+    @classmethod
+    def empty(cls, num_steps: int, num_samples: int) -> BurstResult:
+        shape = (num_steps, num_samples)
+        return cls(
+            tokens=np.zeros(shape, np.int32),
+            logprobs=np.zeros(shape, np.float32),
+            base_logprobs=np.zeros(shape, np.float32),
+            rewards=np.zeros(shape, np.float32),
+            values=np.zeros(shape, np.float32),
+            num_tokens=np.zeros(num_samples, np.int32),
+            finish=np.zeros(num_samples, np.uint8),
+            stop_index=np.full(num_samples, -1, np.int32),
+        )
+
+
+class BurstRunner:
+    """The device side of Scheduler.plan(): everything between plan() and commit_tokens().
+
+    Args:
+        runners: the models by role.
+        vocab_size: ids that all models share; wider logits are cut to it.
+        copy_blocks: copies (src, dst) block pairs, int32 [N, 2], in every pool of every role.
+        token_scorer: measures the first tokens for scorers that do not guide.
+        tokenizer: for stop strings; None where there are none.
+    """
+
+    def __init__(
+        self,
+        runners: Mapping[str, ModelRunner],
+        vocab_size: int,
+        copy_blocks: Callable[[Int32s], None],
+        token_scorer: TokenScorer,
+        tokenizer: Any,
+    ) -> None:
+        self.runners = runners
+        self.vocab_size = vocab_size
+        self.copy_blocks = copy_blocks
+        self.token_scorer = token_scorer
+        self.tokenizer = tokenizer
+
+    def run(
+        self,
+        plan: Any,
+        requests: Sequence[LiveRequest],
+        prefill: Sequence[LiveRequest],
+        history: History,
+    ) -> BurstResult:
+        """Executes the plan.
+
+        Args:
+            plan: of Scheduler.plan().
+            requests: those of plan.request_ids, in order.
+            prefill: those of plan.prefill_request_ids, in order.
+            history: tokens of a candidate before this burst.
+
+        Returns:
+            The samples. A request whose logits no token can be drawn from has its `error` set.
+        """
+        burst = _Burst(self, plan, requests)
+        burst.forward_first(prefill)
+        if len(plan.copies):
+            self.copy_blocks(plan.copies)
+        burst.draw_first()
+        burst.decode()
+        for request in requests:
+            request.prompt_outputs.clear()
+        for request in prefill:  # one that waits for its cohort keeps its own rows, not the batch
+            request.prompt_outputs = {r: row.clone() for r, row in request.prompt_outputs.items()}
+        burst.find_stop_strings(history)
+        burst.keep_values()
+        burst.count()
+        return burst.result
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Samples that one call draws: `members` of a plan, of requests [first, last).
+
+    `is_from_prompt`: their logit rows are the prompts' last ones, else rows of the first forward.
+    """
+
+    guidance: str
+    is_from_prompt: bool
+    first: int
+    last: int
+    members: Int64s
+
+
+class _Burst:
+    """One run: the plan's arrays and what has been drawn so far."""
+
+    def __init__(self, owner: BurstRunner, plan: Any, requests: Sequence[LiveRequest]) -> None:
+        self.owner = owner
+        self.runners = owner.runners
+        self.plan = plan
+        self.requests = requests
+        # Each access of a plan's array makes a view: take those of the loop once.
+        self.request_of: Int32s = plan.sample_request
+        self.sample_row: Int32s = plan.sample_row
+        self.row_request: Int32s = plan.row_request
+        self.candidates: Int32s = plan.sample_candidate
+        self.first_position: Int32s = plan.sample_position
+        self.seeds: Int64s = plan.sample_seed
+        self.limits: Int32s = plan.sample_steps
+        self.num_samples = len(self.request_of)
+        self.result = BurstResult.empty(plan.num_steps, self.num_samples)
+        self.is_alive = np.ones(self.num_samples, bool)
+        self.num_forwards = np.zeros(self.num_samples, np.int64)
+        self.stop_ids = _padded([r.stop_ids for r in requests])[self.request_of]
+        # By role, which rows of the plan its first forward held, and the outputs for them.
+        self.rows: dict[str, tuple[Int64s, torch.Tensor]] = {}
+
+    # --- the first step ----------------------------------------------------------------------
+
+    def forward_first(self, prefill: Sequence[LiveRequest]) -> None:
+        for role, runner in self.runners.items():
+            prompts = {
+                i: request.prompt_ids[role]
+                for i, request in enumerate(prefill)
+                if role in request.prompt_ids
+            }
+            rows = np.flatnonzero(self.plan.row_roles & ROLE_BIT[role])
+            if not prompts and not len(rows):
+                continue
+            batch = first_batch(self.plan, self.requests, role, prompts, rows)
+            outputs = runner.hidden(batch) if role == "value" else runner.forward(batch)
+            for output, (i, prompt) in zip(outputs, prompts.items(), strict=False):
+                prefill[i].prompt_outputs[role] = output
+                prefill[i].stats.prefill_tokens[role] = len(prompt)
+            self.rows[role] = (rows, outputs[len(prompts) :])
+
+    def draw_first(self) -> None:
+        groups = list(self._groups())
+        for group in groups:
+            logits = {}
+            for role in ("base", *GUIDES[group.guidance]):
+                outputs = self._outputs(group, role)
+                if role == "value":
+                    outputs = self.runners[role].head(outputs)
+                logits[role] = outputs[:, : self.owner.vocab_size]
+            arguments = self._sampling(group.members)
+            arguments["logit_rows"] = self._logit_rows(group)
+            self._draw(0, group.members, group.guidance, logits, arguments)
+        for group in groups:
+            for kind in ("implicit", "explicit"):
+                self._measure_first(group, kind)
+
+    def _groups(self) -> Iterator[_Group]:
+        """Requests of equal guidance stand together, those that start from a prompt last."""
+        first = begin = end = 0
+        key: tuple[str, bool] | None = None
+        for index, request in enumerate(self.requests):
+            this = (request.params.guidance, bool(self.sample_row[end] < 0))
+            if key is not None and this != key:
+                yield _Group(*key, first, index, np.arange(begin, end))
+                first, begin = index, end
+            key = this
+            end += int(self.plan.num_samples[index])
+        if key is not None:
+            yield _Group(*key, first, len(self.requests), np.arange(begin, end))
+
+    def _outputs(self, group: _Group, role: str) -> torch.Tensor:
+        """The role's outputs that `_logit_rows` point into."""
+        if group.is_from_prompt:
+            members = self.requests[group.first : group.last]
+            return torch.stack([request.prompt_outputs[role] for request in members])
+        rows, outputs = self.rows[role]
+        a, b = np.searchsorted(rows, np.searchsorted(self.row_request, [group.first, group.last]))
+        return outputs[a:b]
+
+    def _logit_rows(self, group: _Group) -> Int32s:
+        if group.is_from_prompt:
+            return self.request_of[group.members] - group.first
+        first_row = np.searchsorted(self.row_request, group.first)
+        return self.sample_row[group.members] - np.int32(first_row)
+
+    def _measure_first(self, group: _Group, kind: str) -> None:
+        """Measures the first tokens of a chunk for a scorer that does not guide: only the outputs
+        before the fork can tell."""
+        roles = GUIDES[kind]
+        wanted = np.array([score_roles(r.params) == roles for r in self.requests])
+        members = group.members[wanted[self.request_of[group.members]]]
+        if not group.is_from_prompt:  # rows in the middle of a chunk have no first token
+            row_roles = self.plan.row_roles[self.sample_row[members]]
+            members = members[(row_roles & ROLE_BIT[roles[0]]) != 0]
+        if not len(members):
+            return
+        if group.is_from_prompt:
+            of_request, rows = np.unique(self.request_of[members], return_inverse=True)
+            starting = [self.requests[i] for i in of_request.tolist()]
+            outputs = [torch.stack([r.prompt_outputs[role] for r in starting]) for role in roles]
+        else:
+            outputs = [self.rows[role][1] for role in roles]
+            rows = np.searchsorted(self.rows[roles[0]][0], self.sample_row[members])
+        scores = self.owner.token_scorer.scores(kind, outputs, rows, self.result.tokens[0, members])
+        for sample, score in zip(members.tolist(), scores.tolist(), strict=True):
+            request = self.requests[self.request_of[sample]]
+            request.first_scores[self.candidates[sample]] = score
+
+    # --- the decode steps --------------------------------------------------------------------
+
+    def decode(self) -> None:
+        rows: dict[str, DecodeRows] = {}
+        kinds: list[tuple[str, Int64s, dict[str, Any]]] = []
+        members = np.empty(0, np.int64)
+        for step in range(1, len(self.result.tokens)):
+            alive = np.flatnonzero(self.is_alive)
+            if not len(alive):
+                return
+            if len(alive) != len(members):  # the living only become fewer
+                members = alive
+                rows = {
+                    role: DecodeRows(self.plan, self.requests, role, members)
+                    for role in self.runners
+                }
+                kinds = self._kinds(members)
+            drawn = self.result.tokens[step - 1]
+            logits = {
+                role: self.runners[role].forward(of_role.batch(step, drawn))
+                for role, of_role in rows.items()
+                if len(of_role.members)
+            }
+            self.num_forwards[members] += 1
+            for guidance, mine, arguments in kinds:
+                parts = {
+                    role: logits[role][_span(rows[role].members, mine), : self.owner.vocab_size]
+                    for role in ("base", *GUIDES[guidance])
+                }
+                self._draw(step, mine, guidance, parts, arguments)
+
+    def _kinds(self, members: Int64s) -> list[tuple[str, Int64s, dict[str, Any]]]:
+        """The living by guidance, with their arguments of guided_sample."""
+        kind_of = np.array([GUIDANCE_KINDS.index(r.params.guidance) for r in self.requests])
+        of_sample = kind_of[self.request_of[members]]
+        kinds = []
+        for kind in np.unique(of_sample).tolist():
+            mine = members[of_sample == kind]
+            kinds.append((GUIDANCE_KINDS[kind], mine, self._sampling(mine)))
+        return kinds
+
+    # --- drawing -----------------------------------------------------------------------------
+
+    def _sampling(self, members: Int64s) -> dict[str, Any]:
+        """guided_sample's arguments of these samples, but for logits and positions."""
+        of_request = self.request_of[members]
+        requests = [self.requests[i] for i in np.unique(of_request).tolist()]
+        arguments: dict[str, Any] = {
+            "seeds": self.seeds[members],
+            "candidate_ids": self.candidates[members],
+        }
+        for argument, name in _SAMPLING_FIELDS:
+            values = {getattr(request.params, name) for request in requests}
+            if len(values) == 1:
+                arguments[argument] = values.pop()
+            else:
+                each = np.array([getattr(r.params, name) for r in self.requests])
+                arguments[argument] = each[of_request]
+        if any(request.params.min_tokens for request in requests):
+            arguments["banned_ids"] = self.stop_ids[members]
+            until = np.array([r.params.min_tokens for r in self.requests], np.int64)
+            arguments["banned_until"] = until[of_request]
+        return arguments
+
+    def _draw(
+        self,
+        step: int,
+        members: Int64s,
+        guidance: str,
+        logits: dict[str, torch.Tensor],
+        arguments: dict[str, Any],
+    ) -> None:
+        guides = [logits[role] for role in GUIDES[guidance]]
+        positions = self.first_position[members] + step
+        drawn = guided_sample(logits["base"], *guides, positions=positions, **arguments)
+        self._record(step, members, drawn)
+
+    def _record(self, step: int, members: Int64s, drawn: GuidedSample) -> None:
+        result = self.result
+        tokens = drawn.token_ids.numpy()
+        result.tokens[step, members] = tokens
+        result.logprobs[step, members] = drawn.logprob.numpy()
+        result.base_logprobs[step, members] = drawn.base_logprob.numpy()
+        result.rewards[step, members] = drawn.implicit_reward.numpy()
+        result.values[step, members] = drawn.value.numpy()
+        result.num_tokens[members] = step + 1
+        is_stop = (tokens[:, None] == self.stop_ids[members]).any(1)
+        result.finish[members[is_stop]] = FINISH_STOP
+        self.is_alive[members] = ~is_stop & (self.limits[members] > step + 1)
+        valid = drawn.valid.numpy()
+        if not valid.all():
+            self._fail(step, members[~valid])
+
+    def _fail(self, step: int, samples: Int64s) -> None:
+        for sample in samples.tolist():
+            index = int(self.request_of[sample])
+            request = self.requests[index]
+            position = int(self.first_position[sample]) + step
+            request.error = request.error or NonFiniteLogitsError(
+                f"no token can be drawn for response token {position} of candidate "
+                f"{int(self.candidates[sample])}: the logits hold NaN or +inf, or nothing finite"
+            )
+            mine = self.request_of == index
+            self.is_alive[mine] = False
+            self.result.finish[mine] = FINISH_NONE
+            self.result.num_tokens[mine] = 0
+
+    # --- afterwards --------------------------------------------------------------------------
+
+    def find_stop_strings(self, history: History) -> None:
+        with_stops = np.array(
+            [bool(r.params.stop) and r.error is None for r in self.requests], bool
+        )
+        if not with_stops.any():
+            return
+        result = self.result
+        for sample in np.flatnonzero(with_stops[self.request_of]).tolist():
+            request = self.requests[self.request_of[sample]]
+            old = history(request.request_id, int(self.candidates[sample])).tolist()
+            new = result.tokens[: result.num_tokens[sample], sample].tolist()
+            p = request.params
+            found = find_stop(self.owner.tokenizer, old + new, len(old), p.stop, p.min_tokens)
+            if found is None:
+                continue
+            num_tokens, index = found
+            if result.finish[sample] == FINISH_STOP and num_tokens == len(old) + len(new):
+                continue  # the stop token came no later
+            result.num_tokens[sample] = num_tokens - len(old)
+            result.finish[sample] = FINISH_STOP_TEXT
+            result.stop_index[sample] = index
+
+    def keep_values(self) -> None:
+        """The guiding value model's score of a candidate's last token is its chunk score."""
+        wanted = [r.params.guidance == r.params.scorer == "explicit" for r in self.requests]
+        result = self.result
+        for sample in np.flatnonzero(np.array(wanted, bool)[self.request_of]).tolist():
+            request = self.requests[self.request_of[sample]]
+            last = max(int(result.num_tokens[sample]) - 1, 0)
+            request.last_values[self.candidates[sample]] = result.values[last, sample]
+
+    def count(self) -> None:
+        """Adds what was forwarded to each request's counters."""
+        num_requests = len(self.requests)
+        decoded = np.bincount(self.request_of, self.num_forwards, num_requests)
+        for role, (rows, _) in self.rows.items():
+            first = np.bincount(self.row_request[rows], minlength=num_requests).tolist()
+            for request, number in zip(self.requests, first, strict=True):
+                counts = request.stats.score_tokens
+                if role in request.step_roles:
+                    counts = request.stats.decode_tokens
+                if role in request.prompt_ids:
+                    counts[role] = counts.get(role, 0) + number
+        for request, number in zip(self.requests, decoded.astype(int).tolist(), strict=True):
+            counts = request.stats.decode_tokens
+            for role in request.step_roles:
+                counts[role] = counts.get(role, 0) + number
+
+
+# guided_sample's argument, SearchParams' field
+_SAMPLING_FIELDS = (
+    ("weight", "guidance_weight"),
+    ("temperature", "temperature"),
+    ("top_k", "top_k"),
+    ("top_p", "top_p"),
+    ("min_p", "min_p"),
+)
+
+
+def _padded(rows: Sequence[Int64s]) -> Int64s:
+    """Ragged rows as one matrix, -1 for none."""
+    width = max((len(row) for row in rows), default=0)
+    matrix = np.full((len(rows), width), -1, np.int64)
+    for i, row in enumerate(rows):
+        matrix[i, : len(row)] = row
+    return matrix
+
+
+def _span(members: Int64s, some: Int64s) -> slice:
+    """Where `some`, a contiguous run of the ascending `members`, stands in them."""
+    begin = int(np.searchsorted(members, some[0]))
+    return slice(begin, begin + len(some))

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention function that puts a Hugging Face decoder on the paged KV cache.
+
+`transformers` calls it once a layer with the rotated queries, keys and values of all packed tokens.
+The batch reaches it through a context variable instead of keyword arguments, because some models do
+not hand unknown keywords down to their layers. A context variable belongs to one thread, so engines
+in several threads cannot see each other's batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from ivg_fast.errors import UnsupportedModelError
+from ivg_fast.models.batch import ForwardBatch
+from ivg_fast.ops.kv_cache import write_kv
+from ivg_fast.ops.paged_attention import AttentionMetadata, paged_attention_prepared
+
+ATTENTION_NAME = "ivg_paged"
+
+# What some models hand to attention and the paged cache has no answer to.
+_UNSERVED_KEYWORDS = ("position_bias", "indices", "block_indices", "sinks", "cache")
+
+# Tells "no window" (None) from "the model does not say" (absent).
+_ABSENT: Any = object()
+
+
+class _Context(Protocol):
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> torch.Tensor: ...
+
+
+_CURRENT: ContextVar[_Context | None] = ContextVar("ivg_fast_attention", default=None)
+
+
+@contextmanager
+def attention_context(context: _Context) -> Iterator[None]:
+    """Makes `context` the one that attention in this thread uses, until the block ends."""
+    token = _CURRENT.set(context)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def _attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """query [1, Hq, T, D], key [1, Hkv, T, D], value [1, Hkv, T, Dv] -> [1, T, Hq, Dv]."""
+    context = _CURRENT.get()
+    if context is None:
+        raise RuntimeError(
+            f"attention {ATTENTION_NAME!r} works only inside a ModelRunner; close the runner, or "
+            "call model.set_attn_implementation('sdpa'), to use the model by itself"
+        )
+    return context.attend(module, query, key, value, attention_mask, **kwargs), None
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention_forward)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one layer keeps of a token: num_kv_heads keys of key_dim and values of value_dim."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+@dataclass(slots=True)
+class LayerCache:
+    """The KV pools of one layer, [num_blocks, Hkv, 16, D], and its window as the config has it."""
+
+    key_pool: torch.Tensor
+    value_pool: torch.Tensor
+    sliding_window: int | None
+
+
+class PagedContext:
+    """Attention of one packed batch over the pools of one runner."""
+
+    __slots__ = (
+        "all_rows",
+        "fresh_bounds",
+        "layers",
+        "longest_fresh",
+        "num_threads",
+        "old_rows",
+        "slot_mapping",
+    )
+
+    def __init__(
+        self, layers: list[LayerCache], batch: ForwardBatch, num_threads: int | None = None
+    ) -> None:
+        self.layers = layers
+        self.num_threads = num_threads
+        self.slot_mapping = batch.slot_mapping
+        self.all_rows = _metadata(batch, 0, 0)
+        self.fresh_bounds: list[int] = []
+        self.longest_fresh = 0
+        self.old_rows: AttentionMetadata | None = None
+        num_fresh = batch.num_fresh_prompts
+        if num_fresh:
+            self.fresh_bounds = batch.query_start_loc[: num_fresh + 1].tolist()
+            self.longest_fresh = max(end - begin for begin, end in pairwise(self.fresh_bounds))
+            if num_fresh < batch.prompt_lens.shape[0]:
+                self.old_rows = _metadata(batch, num_fresh, self.fresh_bounds[-1])
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        scaling: float | None = None,
+        sliding_window: int | None = _ABSENT,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Writes the new keys and values, then attends; other keywords were judged at load."""
+        layer = self.layers[cast(int, module.layer_idx)]
+        window = layer.sliding_window if sliding_window is _ABSENT else sliding_window
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        num_threads = self.num_threads
+        key_pool, value_pool = layer.key_pool, layer.value_pool
+        write_kv(_by_token(key), key_pool, self.slot_mapping, num_threads=num_threads)
+        write_kv(_by_token(value), value_pool, self.slot_mapping, num_threads=num_threads)
+        tokens = _by_token(query)
+        is_plain = softcap is None and s_aux is None
+        if is_plain and self.fresh_bounds and (window is None or window >= self.longest_fresh):
+            output = self._attend_fresh(query, key, value, scale)
+            if self.old_rows is not None:
+                start = self.fresh_bounds[-1]
+                paged_attention_prepared(
+                    tokens[start:],
+                    key_pool,
+                    value_pool,
+                    self.old_rows,
+                    scale=scale,
+                    sliding_window=window,
+                    out=output[start:],
+                    num_threads=num_threads,
+                )
+        else:
+            output = paged_attention_prepared(
+                tokens,
+                key_pool,
+                value_pool,
+                self.all_rows,
+                scale=scale,
+                sliding_window=window,
+                soft_cap=softcap,
+                sinks=None if s_aux is None else s_aux.float(),
+                num_threads=num_threads,
+            )
+        return output.unsqueeze(0)
+
+    def _attend_fresh(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Causal attention of each whole prompt over itself; the rows after them stay unset."""
+        _, num_heads, num_tokens, _ = query.shape
+        output = query.new_empty(num_tokens, num_heads, value.shape[-1])
+        for begin, end in pairwise(self.fresh_bounds):
+            attended = F.scaled_dot_product_attention(
+                query[:, :, begin:end],
+                key[:, :, begin:end],
+                value[:, :, begin:end],
+                is_causal=True,
+                scale=scale,
+                enable_gqa=num_heads != key.shape[1],
+            )
+            output[begin:end] = attended[0].transpose(0, 1)
+        return output
+
+
+def _by_token(states: torch.Tensor) -> torch.Tensor:
+    """[1, H, T, D] -> [T, H, D] with the last dimension contiguous, a view where it already is."""
+    tokens = states[0].transpose(0, 1)
+    return tokens if tokens.stride(2) == 1 else tokens.contiguous()
+
+
+def _metadata(batch: ForwardBatch, first_row: int, first_token: int) -> AttentionMetadata:
+    """Metadata of the rows from `first_row` on, whose tokens start at `first_token`."""
+    query_start_loc = batch.query_start_loc[first_row:]
+    return AttentionMetadata.build(
+        block_table=batch.block_table[first_row:],
+        query_start_loc=query_start_loc - first_token if first_token else query_start_loc,
+        prompt_lens=batch.prompt_lens[first_row:],
+        response_lens=batch.response_lens[first_row:],
+        response_block_start=batch.response_block_start[first_row:],
+    )
+
+
+class ProbeContext:
+    """Records what each layer asks of attention, and refuses what the cache cannot do."""
+
+    def __init__(self) -> None:
+        self.layer_shapes: dict[int, LayerShape] = {}
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Plain causal attention: the numbers do not matter here, the shapes do."""
+        index = getattr(module, "layer_idx", None)
+        if index is None or index in self.layer_shapes:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} must have a layer_idx of its own, got {index!r}"
+            )
+        if attention_mask is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} makes an attention mask of its own"
+            )
+        if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+            raise UnsupportedModelError(f"{type(module).__name__} is not causal")
+        for name in _UNSERVED_KEYWORDS:
+            if kwargs.get(name) is not None:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} attends with {name}, which the paged cache cannot do"
+                )
+        self.layer_shapes[index] = LayerShape(
+            num_kv_heads=key.shape[1],
+            key_dim=key.shape[3],
+            value_dim=value.shape[3],
+            dtype=key.dtype,
+        )
+        output = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return output.transpose(1, 2)

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ModelRunner: one Hugging Face model on the paged cache."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from ivg_fast.errors import InvalidParameterError, UnsupportedModelError
+from ivg_fast.models import support
+from ivg_fast.models.attention import (
+    ATTENTION_NAME,
+    LayerCache,
+    LayerShape,
+    PagedContext,
+    ProbeContext,
+    attention_context,
+)
+from ivg_fast.models.batch import BLOCK_SIZE, ForwardBatch
+from ivg_fast.models.selftest import check_model
+from ivg_fast.models.value_head import ValueHeadModel
+
+
+class ModelRunner:
+    """One model plus its KV pools, one K and one V tensor a layer, [num_blocks, Hkv, 16, D].
+
+    The model is put in eval mode and switched to the paged attention function, and stays so until
+    `close`; meanwhile it runs only through a runner. Several runners may share one model, each with pools of its own.
+
+    Args:
+        model: a causal language model of transformers, or a ValueHeadModel, on one device.
+        role: "base", "tuned", "untuned" or "value"; named in error messages.
+        num_blocks: blocks to allocate at once; 0 leaves it to `allocate`.
+        self_test: compare paged with stock logits first (see `selftest.check_model`).
+        num_threads: of the CPU kernels; default `torch.get_num_threads()`.
+
+    Attributes:
+        vocab_size: ids that the model both takes and scores; logits may be wider (padding).
+        max_position: one past the last position that the model can take; None without a limit.
+        eos_token_ids: the ids that end a text, by the model's own configuration.
+
+    Raises:
+        UnsupportedModelError: the model cannot be served; the message says why.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        role: str,
+        num_blocks: int = 0,
+        self_test: bool = True,
+        num_threads: int | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.role = role
+        self.num_threads = num_threads
+        self._head = model.score_head if isinstance(model, ValueHeadModel) else None
+        self._network = _network_of(model)
+        if not hasattr(self._network, "set_attn_implementation"):
+            raise UnsupportedModelError(
+                f"{role} must be a transformers model, got {type(self._network).__name__}"
+            )
+        self.config: Any = self._network.config
+        self.dtype: torch.dtype = self._network.dtype
+        self.device = _only_device(model, role)
+        self.max_position = support.max_position(self.config)
+        self.eos_token_ids = support.eos_token_ids(self._network)
+        support.check_config(self.config)
+        self._parameters = inspect.signature(self._network.forward).parameters
+        self._can_keep = "logits_to_keep" in self._parameters
+        self._layers: list[LayerCache] = []
+        self.num_blocks = 0
+
+        stock = self.config._attn_implementation
+        self.stock_attention: str = "eager" if stock in (None, ATTENTION_NAME) else stock
+        try:
+            self.use_attention(ATTENTION_NAME)
+            self._shapes, self.logits_width = self._probe()
+            self.vocab_size = min(
+                self.logits_width, self._network.get_input_embeddings().num_embeddings
+            )
+            if self_test:
+                check_model(self)
+        except BaseException:
+            self.close()
+            raise
+        self.allocate(num_blocks)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._shapes)
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes that one block of 16 tokens takes in all pools of this runner."""
+        return BLOCK_SIZE * sum(shape.num_bytes for shape in self._shapes)
+
+    @property
+    def pools(self) -> list[torch.Tensor]:
+        """Every pool, K then V of each layer; the block id is the first dimension of each."""
+        return [pool for layer in self._layers for pool in (layer.key_pool, layer.value_pool)]
+
+    def allocate(self, num_blocks: int) -> None:
+        """Makes new pools of `num_blocks` blocks; what the old ones held is gone."""
+        if num_blocks < 0:
+            raise InvalidParameterError("num_blocks", num_blocks, "must be at least 0")
+        windows = support.layer_windows(self.config, self.num_layers)
+        self._layers = []  # the old pools go before the new ones come
+        self._layers = [
+            LayerCache(
+                self._new_pool(num_blocks, shape, shape.key_dim),
+                self._new_pool(num_blocks, shape, shape.value_dim),
+                window,
+            )
+            for shape, window in zip(self._shapes, windows, strict=True)
+        ]
+        self.num_blocks = num_blocks
+
+    def _new_pool(self, num_blocks: int, shape: LayerShape, width: int) -> torch.Tensor:
+        size = (num_blocks, shape.num_kv_heads, BLOCK_SIZE, width)
+        return torch.zeros(size, dtype=shape.dtype, device=self.device)
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Runs the batch and writes its keys and values; the wanted logits [N, logits_width].
+
+        `logits_width` is at least `vocab_size`; the dtype is the model's. For a vocabulary head a
+        row is s(. | prefix) = score_head.weight @ hidden.
+        """
+        if self._head is not None:
+            return self._head(self.hidden(batch))
+        with attention_context(PagedContext(self._layers, batch, self.num_threads)):
+            if self._can_keep:
+                return self._call(batch, logits_to_keep=batch.logit_positions).logits[0]
+            return self._call(batch).logits[0].index_select(0, batch.logit_positions)
+
+    @torch.inference_mode()
+    def hidden(self, batch: ForwardBatch) -> torch.Tensor:
+        """Like `forward`, but the hidden states [N, H] before the head of a ValueHeadModel."""
+        _ = self._value_head
+        with attention_context(PagedContext(self._layers, batch, self.num_threads)):
+            states = self._call(batch).last_hidden_state[0]
+        return states.index_select(0, batch.logit_positions)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """score_head.weight [V, H] of a ValueHeadModel."""
+        return self._value_head.weight
+
+    @torch.inference_mode()
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Token values s(. | prefix) [N, V] from hidden states [N, H] of a ValueHeadModel."""
+        return self._value_head(hidden)
+
+    @property
+    def _value_head(self) -> torch.nn.Linear:
+        if self._head is None:
+            raise UnsupportedModelError(
+                f"{self.role} must be a ValueHeadModel, got {type(self.model).__name__}"
+            )
+        return self._head
+
+    def use_attention(self, name: str) -> None:
+        """Switches the model between the paged and another registered attention function."""
+        self._network.set_attn_implementation(name)
+
+    def close(self) -> None:
+        """Frees the pools and gives the model its own attention back."""
+        self._layers = []
+        self.num_blocks = 0
+        self.use_attention(self.stock_attention)
+
+    def _call(self, batch: ForwardBatch, **kwargs: Any) -> Any:
+        return self._network(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            return_dict=True,
+            **kwargs,
+        )
+
+    @torch.inference_mode()
+    def _probe(self) -> tuple[list[LayerShape], int]:
+        """One forward of two tokens: the shape of each layer's cache, the width of the logits."""
+        kind = self.config.model_type
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+        probe = ProbeContext()
+        try:
+            with attention_context(probe):
+                output = self._network(
+                    input_ids=ids,
+                    position_ids=torch.arange(2, device=self.device)[None],
+                    use_cache=False,
+                    return_dict=True,
+                )
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise UnsupportedModelError(
+                f"{self.role}: model type {kind!r} cannot run packed tokens: {error}"
+            ) from error
+        num_layers = self.config.get_text_config().num_hidden_layers
+        shapes = probe.layer_shapes
+        if set(shapes) != set(range(num_layers)):
+            raise UnsupportedModelError(
+                f"{self.role}: model type {kind!r} has {num_layers} layers by its config, but "
+                f"{len(shapes)} attend through the attention interface; all must"
+            )
+        width = output.logits.shape[-1] if self._head is None else self._head.out_features
+        return [shapes[i] for i in range(num_layers)], width
+
+
+def _network_of(model: torch.nn.Module) -> Any:
+    return model.backbone if isinstance(model, ValueHeadModel) else model
+
+
+def _only_device(model: torch.nn.Module, role: str) -> torch.device:
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1:
+        raise UnsupportedModelError(
+            f"{role} must be on one device, got {sorted(str(device) for device in devices)}"
+        )
+    return devices.pop()

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How value functions measure tokens and texts.
+
+Two kinds. A value that lives in a role of the engine (the implicit pair, an explicit vocabulary
+head) measures a token from that role's output at the position before it; the role runs the sampled
+tokens on the paged cache as every other does. A callable sees texts, so it may be anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ivg_fast.errors import ScorerError
+from ivg_fast.models.runner import ModelRunner
+from ivg_fast.ops.token_logprobs import pair_token_logprobs
+from ivg_fast.params import ScoreInput, Scorer
+
+
+class TokenScorer:
+    """Measures given tokens from model outputs.
+
+    Args:
+        runners: by role; those that are there decide what can be measured.
+        vocab_size: ids that all models share; wider logits are cut to it.
+    """
+
+    def __init__(self, runners: Mapping[str, ModelRunner], vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._head = runners["value"].head_weight if "value" in runners else None
+
+    def scores(
+        self,
+        kind: str,
+        outputs: Sequence[torch.Tensor],
+        rows: NDArray[np.integer],
+        tokens: NDArray[np.integer],
+    ) -> NDArray[np.float64]:
+        """What each token is worth to the value function `kind`.
+
+        Args:
+            kind: "implicit": log tuned - log untuned of the token; "explicit": V(x, y<=t) =
+                w_{y_t} . h_{t-1}.
+            outputs: "implicit": logits [R, V] of tuned and of untuned; "explicit": hidden states
+                [R, H] of the value role.
+            rows: [N], the row of `outputs` that stands right before each token.
+            tokens: [N] ids.
+
+        Returns:
+            float64 [N].
+        """
+        index = torch.from_numpy(rows.astype(np.int64))
+        ids = torch.from_numpy(tokens.astype(np.int64))
+        if kind == "implicit":
+            tuned, untuned = (logits[:, : self._vocab_size] for logits in outputs)
+            measured = pair_token_logprobs(tuned, untuned, ids, index)
+        else:
+            assert self._head is not None
+            measured = (outputs[0][index].float() * self._head[ids].float()).sum(-1)
+        return measured.double().numpy()
+
+
+def call_scorer(scorer: Scorer, inputs: list[ScoreInput]) -> NDArray[np.float64]:
+    """Calls a user's scorer and checks what it returns: float64 [len(inputs)].
+
+    Raises:
+        ScorerError: it raised, or did not return one finite number an input.
+    """
+    name = getattr(scorer, "__name__", type(scorer).__name__)
+    try:
+        scores = [float(score) for score in scorer(inputs)]
+    except Exception as error:
+        raise ScorerError(f"scorer {name} raised {type(error).__name__}: {error}") from error
+    if len(scores) != len(inputs):
+        raise ScorerError(f"scorer {name} must return {len(inputs)} scores, got {len(scores)}")
+    for i, score in enumerate(scores):
+        if not math.isfinite(score):
+            raise ScorerError(f"scorer {name} must return finite scores, got {score} for input {i}")
+    return np.array(scores)

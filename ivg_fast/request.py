@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request inside the engine: its prompt in every role, its rules for ending, what it has
+measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ivg_fast.outputs import CandidateOutput, FinishReason, RequestOutput, SearchStats
+from ivg_fast.params import GUIDANCE_KINDS, SearchParams
+
+ROLES = ("base", "tuned", "untuned", "value")
+ROLE_BIT = {role: 1 << index for index, role in enumerate(ROLES)}
+GUIDES = {"none": (), "implicit": ("tuned", "untuned"), "explicit": ("value",)}
+
+# Finish of csrc/scheduler/search.h.
+FINISH_NONE, FINISH_STOP, FINISH_STOP_TEXT, FINISH_LENGTH, FINISH_ABORT, FINISH_DEADLINE = range(6)
+_FINISH_REASONS: dict[int, FinishReason] = {
+    FINISH_STOP: "stop",
+    FINISH_STOP_TEXT: "stop",
+    FINISH_LENGTH: "length",
+    FINISH_ABORT: "abort",
+    FINISH_DEADLINE: "deadline",
+}
+
+
+@dataclass(slots=True)
+class LiveRequest:
+    """What the engine keeps of a request; the beams themselves live in the scheduler.
+
+    Attributes:
+        prompt_ids: int64 prompt tokens of each role that takes part.
+        stop_ids: token ids that end a candidate.
+        prompt_outputs: per role what its forward gave for the prompt's last token (logits [V], or
+            the value model's hidden state [H]), from the prefill until the first tokens are drawn.
+        first_scores: f64[W*K] by candidate id: the scorer's measure of the first token since the
+            last selection, which only the forward that preceded the fork can give.
+        last_values: f64[W*K] by candidate id: the guiding value model's score of the last token.
+        error: why the request failed; its result is then dropped.
+    """
+
+    params: SearchParams
+    prompt: str | None
+    prompt_ids: dict[str, NDArray[np.int64]]
+    seed: int
+    stop_ids: NDArray[np.int64]
+    first_scores: NDArray[np.float64]
+    last_values: NDArray[np.float64]
+    request_id: int = -1
+    deadline: float | None = None
+    prompt_outputs: dict[str, Tensor] = field(default_factory=dict)
+    stats: SearchStats = field(default_factory=SearchStats)
+    error: Exception | None = None
+
+    @classmethod
+    def create(
+        cls,
+        params: SearchParams,
+        prompt: str | None,
+        token_ids: Sequence[int],
+        seed: int,
+        eos_ids: Sequence[int],
+    ) -> LiveRequest:
+        """A request whose roles all read the same prompt tokens."""
+        stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_ids))
+        ids = np.asarray(token_ids, dtype=np.int64)
+        request = cls(
+            params=params,
+            prompt=prompt,
+            prompt_ids={role: ids for role in ("base", *guide_roles(params), *score_roles(params))},
+            seed=seed,
+            stop_ids=np.array(sorted(stop_ids), dtype=np.int64),
+            first_scores=np.zeros(params.pool_size),
+            last_values=np.zeros(params.pool_size),
+        )
+        if params.deadline_s is not None:
+            request.deadline = time.monotonic() + params.deadline_s
+        return request
+
+    @property
+    def step_roles(self) -> tuple[str, ...]:
+        """Roles that forward every sampled token."""
+        return ("base", *guide_roles(self.params))
+
+    @property
+    def is_scored_by_pair(self) -> bool:
+        """Whether scoring, not sampling, measures the implicit rewards."""
+        return score_roles(self.params) == GUIDES["implicit"]
+
+    def spec(self) -> dict[str, Any]:
+        """The arguments of Scheduler.add_request."""
+        p = self.params
+        return {
+            "prompt_lens": [len(self.prompt_ids.get(role, ())) for role in ROLES],
+            "step_roles": sum(ROLE_BIT[role] for role in self.step_roles),
+            "settle_roles": sum(ROLE_BIT[role] for role in score_roles(p)),
+            "guidance": GUIDANCE_KINDS.index(p.guidance),
+            "beam_width": p.beam_width,
+            "num_candidates": p.num_candidates,
+            "chunk_length": p.chunk_length or 0,
+            "max_tokens": p.max_tokens,
+            "num_outputs": p.n,
+            "seed": self.seed,
+            "has_scorer": p.scorer != "none",
+            "dedup_finished": p.dedup_finished,
+            "score_eos_on_truncation": p.score_eos_on_truncation,
+        }
+
+    def output(self, result: dict[str, Any], tokenizer: Any) -> RequestOutput:
+        """What the user gets of the scheduler's result."""
+        for name in ("num_selections", "num_blocks_copied", "peak_blocks"):
+            setattr(self.stats, name, result[name])
+        return RequestOutput(
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_ids["base"].tolist(),
+            seed=self.seed,
+            outputs=[self._candidate(c, tokenizer) for c in result["candidates"]],
+            stats=self.stats,
+        )
+
+    def _candidate(self, candidate: dict[str, Any], tokenizer: Any) -> CandidateOutput:
+        tokens = candidate["token_ids"].tolist()
+        stop_reason: str | int | None = None
+        text = decode(tokenizer, tokens)
+        if candidate["finish"] == FINISH_STOP:
+            stop_reason = tokens[-1]
+        elif candidate["finish"] == FINISH_STOP_TEXT:
+            stop = self.params.stop[candidate["stop_index"]]
+            start = len(decode(tokenizer, tokens[:-1])) - len(stop) + 1
+            text = text[: text.index(stop, max(start, 0))]
+            stop_reason = stop
+        wants_tokens = self.params.logprobs
+        return CandidateOutput(
+            text=text,
+            token_ids=tokens,
+            score=candidate["score"],
+            implicit_reward=float(candidate["rewards"].sum(dtype=np.float64)),
+            cumulative_logprob=float(candidate["logprobs"].sum(dtype=np.float64)),
+            base_logprob=float(candidate["base_logprobs"].sum(dtype=np.float64)),
+            finish_reason=_FINISH_REASONS[candidate["finish"]],
+            stop_reason=stop_reason,
+            candidate_id=candidate["candidate_id"],
+            token_logprobs=candidate["logprobs"].tolist() if wants_tokens else None,
+            token_rewards=candidate["rewards"].tolist() if wants_tokens else None,
+        )
+
+
+def guide_roles(params: SearchParams) -> tuple[str, ...]:
+    """Roles that tilt the distribution."""
+    return GUIDES[params.guidance]
+
+
+def score_roles(params: SearchParams) -> tuple[str, ...]:
+    """Roles that only score: a scorer whose models guide already needs no forward."""
+    if callable(params.scorer) or params.scorer == params.guidance:
+        return ()
+    return GUIDES[params.scorer]
+
+
+def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    """The text of response tokens; "" without a tokenizer."""
+    if tokenizer is None:
+        return ""
+    return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def find_stop(
+    tokenizer: Any, token_ids: Sequence[int], num_old: int, stops: Sequence[str], min_tokens: int
+) -> tuple[int, int] | None:
+    """Where a stop string first ends among the new tokens token_ids[num_old:].
+
+    Returns:
+        (number of tokens up to and with the one that completes it, index of the string), or None.
+        An occurrence that is complete before `min_tokens` tokens does not count.
+    """
+    # A token is a byte at least, so this window holds every stop that can end in the new tokens;
+    # the tokens before it keep a tokenizer's treatment of the first piece out of the way.
+    window = max(len(stop.encode()) for stop in stops) + 8
+    first = max(0, num_old - window)
+    whole = decode(tokenizer, token_ids[first:])
+    if not any(stop in whole for stop in stops):
+        return None
+    before = decode(tokenizer, token_ids[first:num_old])
+    for end in range(num_old + 1, len(token_ids) + 1):
+        text = decode(tokenizer, token_ids[first:end])
+        if end >= min_tokens:
+            for index, stop in enumerate(stops):
+                if text.find(stop, max(0, len(before) - len(stop) + 1)) >= 0:
+                    return end, index
+        before = text
+    return None
