@@ -70,7 +70,7 @@ of packed rows of {block_size} tokens | {untuned_minutes:.0f} |
 {base_minutes:.0f} |
 | preferences | two responses to each of {num_prompts:,} train prompts, labelled by Bradley-Terry \
 on the gold reward | {preferences_minutes:.0f} |
-| `tuned` | DPO, beta 0.1, learning rate 5e-4, {dpo_epochs} epochs of {num_dpo_pairs:,} pairs | \
+| `tuned` | DPO, beta 0.3, learning rate 2e-4, {dpo_epochs} epochs of {num_dpo_pairs:,} pairs | \
 {tuned_minutes:.0f} |
 | `value` | FUDGE, {value_epochs} epochs of all sampled responses | {value_minutes:.0f} |
 """

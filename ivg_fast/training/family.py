@@ -46,7 +46,7 @@ class FamilySize:
     base_layers: int = 6
     guide_layers: int = 4
     guide_hidden: int = 192
-    base_epochs: float = 1.0
+    base_epochs: float = 0.32
     guide_epochs: float = 1.5
     vocab_size: int = 4096
     block_size: int = 512
@@ -137,6 +137,7 @@ class Family:
             epochs=size.base_epochs if is_base else size.guide_epochs,
             optimizer="muon",
             schedule="wsd" if is_base else "cosine",
+            decay_ratio=0.6,
             seed=self.seed + is_base,
             save_steps=50,
             save_dtype="float16",
@@ -174,6 +175,9 @@ class Family:
         pairs = read_jsonl(self.work / "preferences" / "pairs.jsonl", PAIR_COLUMNS)
         config = DPORecipe(
             output_dir=str(self.work / "tuned"),
+            beta=0.3,
+            learning_rate=2e-4,
+            warmup_ratio=0.1,
             epochs=self.size.dpo_epochs,
             append_eos=False,
             seed=self.seed,
