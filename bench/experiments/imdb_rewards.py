@@ -110,6 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--weights", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0])
     parser.add_argument("--judge", help="folder of a language model for the perplexity")
+    parser.add_argument("--num-judged", type=int, default=200, help="responses a method it reads")
     args = parser.parse_args(argv)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -155,7 +156,9 @@ def main(argv: list[str] | None = None) -> int:
         }
         if args.judge:
             summary[method.name]["perplexity"] = judge_perplexity(
-                args.judge, [record["prompt"] for record in records], responses
+                args.judge,
+                [record["prompt"] for record in records[: args.num_judged]],
+                responses[: args.num_judged],
             )
         print(json.dumps({method.name: summary[method.name]}), flush=True)
     differences = {

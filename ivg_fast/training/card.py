@@ -95,7 +95,10 @@ def _experiment(results: Path, num_samples: int) -> str:
             f"{row['distinct_2']:.3f} | {perplexity} |"
         )
     if settings.get("judge"):
-        lines.append(f"\nPerplexity of the responses under {Path(settings['judge']).name}.")
+        lines.append(
+            f"\nPerplexity of the first {settings['num_judged']} responses of each method under "
+            f"a language model that saw none of this ({Path(settings['judge']).name})."
+        )
     lines.append("\n| difference | mean | 95% interval (paired bootstrap over prompts) |")
     lines.append("|---|---|---|")
     for name, row in summary["differences"].items():
