@@ -69,10 +69,10 @@ of packed rows of {block_size} tokens | {untuned_minutes:.0f} |
 | `base` | {base_layers} x {base_hidden}, Net2Net growth of `untuned`, {base_epochs} epochs | \
 {base_minutes:.0f} |
 | preferences | two responses to each of {num_prompts:,} train prompts, labelled by Bradley-Terry \
-on the gold reward | {preferences_minutes:.0f} |
-| `tuned` | DPO, beta 0.3, learning rate 2e-4, {dpo_epochs} epochs of {num_dpo_pairs:,} pairs | \
+on the gold reward, pairs that differ by less than {min_reward_gap} left out | {preferences_minutes:.0f} |
+| `tuned` | DPO, beta 0.3, learning rate 1.5e-4, {dpo_epochs} epochs of {num_dpo_pairs:,} pairs | \
 {tuned_minutes:.0f} |
-| `value` | FUDGE, {value_epochs} epochs of all sampled responses | {value_minutes:.0f} |
+| `value` | FUDGE, {value_epochs} epochs of {num_value_samples:,} of the responses | {value_minutes:.0f} |
 """
 
 

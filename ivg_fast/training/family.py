@@ -55,12 +55,14 @@ class FamilySize:
     base_learning_rate: float = 2e-3
     num_train_texts: int | None = None
     num_eval_texts: int = 400
-    num_prompts: int = 4_000
-    num_dpo_pairs: int = 3_000
+    num_prompts: int = 8_000
+    min_reward_gap: float = 1.5
+    num_value_samples: int = 8_000
+    num_dpo_pairs: int = 4_500
     num_heldout_pairs: int = 1_000
     response_tokens: int = 50
     temperature: float = 0.8
-    dpo_epochs: float = 2.0
+    dpo_epochs: float = 1.5
     value_epochs: float = 2.0
     num_test_prompts: int = 300
     num_dev_prompts: int = 100
@@ -78,6 +80,7 @@ TINY = FamilySize(
     num_eval_texts=20,
     num_prompts=128,
     num_dpo_pairs=64,
+    min_reward_gap=0.1,
     num_heldout_pairs=32,
     response_tokens=12,
     dpo_epochs=1.0,
@@ -165,6 +168,7 @@ class Family:
             max_new_tokens=self.size.response_tokens,
             temperature=self.size.temperature,
             ignore_eos=True,
+            min_reward_gap=self.size.min_reward_gap if stage == "preferences" else 0.0,
             batch_size=256,
             seed=self.seed + (stage == "heldout"),
         )
@@ -176,7 +180,7 @@ class Family:
         config = DPORecipe(
             output_dir=str(self.work / "tuned"),
             beta=0.3,
-            learning_rate=2e-4,
+            learning_rate=1.5e-4,
             warmup_ratio=0.1,
             epochs=self.size.dpo_epochs,
             append_eos=False,
@@ -196,7 +200,7 @@ class Family:
             save_dtype="float16",
         )
         model = value_model_from(self.work / "untuned", "vocabulary")
-        train_value(model, self.tokenizer(), samples, config)
+        train_value(model, self.tokenizer(), samples[: self.size.num_value_samples], config)
 
     def report(self) -> None:
         """Measure what the model card states, on held-out data, with the weights as saved."""

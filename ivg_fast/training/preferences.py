@@ -24,7 +24,11 @@ Reward = Callable[[Sequence[str]], Sequence[float]]
 
 @dataclass(frozen=True, slots=True)
 class PreferenceConfig:
-    """Settings of `sample_preferences`. Each prompt gets `num_samples` responses."""
+    """Settings of `sample_preferences`.
+
+    Each prompt gets `num_samples` responses. Pairs whose rewards differ by less than
+    `min_reward_gap` are left out: the draw of their winner is mostly noise.
+    """
 
     output_dir: str
     num_samples: int = 2
@@ -33,6 +37,7 @@ class PreferenceConfig:
     top_k: int = 0
     top_p: float = 1.0
     ignore_eos: bool = False
+    min_reward_gap: float = 0.0
     batch_size: int = 128
     seed: int = 0
 
@@ -40,6 +45,8 @@ class PreferenceConfig:
         for name in ("num_samples", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise InvalidParameterError(name, getattr(self, name), "must be >= 1")
+        if not 0 <= self.min_reward_gap < math.inf:
+            raise InvalidParameterError("min_reward_gap", self.min_reward_gap, "must be >= 0")
         if not 0 < self.temperature < math.inf:
             raise InvalidParameterError(
                 "temperature", self.temperature, "must be positive and finite"
@@ -75,10 +82,13 @@ def sample_responses(
     return tokenizer.batch_decode(rows[:, num_prompt_tokens:], skip_special_tokens=True)
 
 
-def bradley_terry_pairs(records: Sequence[Record], seed: int) -> list[Record]:
+def bradley_terry_pairs(
+    records: Sequence[Record], seed: int, min_reward_gap: float = 0.0
+) -> list[Record]:
     """Pairs of neighbouring responses to the same prompt, the winner drawn from their rewards.
 
-    P(a preferred to b) = sigmoid(reward_a - reward_b). Identical responses make no pair.
+    P(a preferred to b) = sigmoid(reward_a - reward_b). Identical responses make no pair, nor do
+    those whose rewards differ by less than `min_reward_gap`.
     """
     rng = random.Random(seed)
     by_prompt: dict[str, list[Record]] = {}
@@ -89,7 +99,8 @@ def bradley_terry_pairs(records: Sequence[Record], seed: int) -> list[Record]:
         for first, second in zip(samples[::2], samples[1::2], strict=False):
             difference = max(-60.0, min(60.0, first["reward"] - second["reward"]))
             first_wins = rng.random() < 1 / (1 + math.exp(-difference))
-            if first["response"] == second["response"]:
+            is_close = abs(first["reward"] - second["reward"]) < min_reward_gap
+            if is_close or first["response"] == second["response"]:
                 continue
             won, lost = (first, second) if first_wins else (second, first)
             pairs.append(
@@ -156,7 +167,7 @@ def sample_preferences(
             handle.write(json.dumps(records, ensure_ascii=False) + "\n")
             handle.flush()
     samples = [record for records in batches for record in records]
-    pairs = bradley_terry_pairs(samples, config.seed)
+    pairs = bradley_terry_pairs(samples, config.seed, config.min_reward_gap)
     write_jsonl(folder / "samples.jsonl", samples)
     write_jsonl(folder / "pairs.jsonl", pairs)
     return common.write_metrics(

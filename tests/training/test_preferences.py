@@ -41,6 +41,17 @@ def test_equal_responses_make_no_pair():
     assert bradley_terry_pairs(records, 0) == []
 
 
+def test_close_pairs_are_left_out():
+    records = [
+        {"prompt": f"{i}", "response": name, "reward": reward}
+        for i in range(30)
+        for name, reward in (("a", i / 10), ("b", 0.0))
+    ]
+    everything = bradley_terry_pairs(records, 0)
+    kept = bradley_terry_pairs(records, 0, min_reward_gap=1.5)
+    assert kept == [pair for pair in everything if float(pair["prompt"]) / 10 >= 1.5]
+
+
 def test_padding_does_not_change_greedy_text(tokenizer, tiny_model):
     prompts = ["the film", "the film was great but very boring scene and plot"]
     config = PreferenceConfig("unused", max_new_tokens=6, temperature=1e-4, ignore_eos=True)
