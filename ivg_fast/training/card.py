@@ -69,10 +69,12 @@ of packed rows of {block_size} tokens | {untuned_minutes:.0f} |
 | `base` | {base_layers} x {base_hidden}, Net2Net growth of `untuned`, {base_epochs} epochs | \
 {base_minutes:.0f} |
 | preferences | two responses to each of {num_prompts:,} train prompts, labelled by Bradley-Terry \
-on the gold reward, pairs that differ by less than {min_reward_gap} left out | {preferences_minutes:.0f} |
+on the gold reward, pairs closer than {min_reward_gap} left out | \
+{preferences_minutes:.0f} |
 | `tuned` | DPO, beta 0.3, learning rate 1.5e-4, {dpo_epochs} epochs of {num_dpo_pairs:,} pairs | \
 {tuned_minutes:.0f} |
-| `value` | FUDGE, {value_epochs} epochs of {num_value_samples:,} of the responses | {value_minutes:.0f} |
+| `value` | FUDGE, {value_epochs} epochs of {num_value_samples:,} of the responses | \
+{value_minutes:.0f} |
 """
 
 
@@ -121,6 +123,8 @@ def render(folder: str | Path, results: str | Path | None = None, num_samples: i
     metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     size = metrics["size"]
     text = _HEAD.format(**metrics, **size, base_hidden=2 * size["guide_hidden"])
+    for note in metrics.get("notes", []):
+        text += f"\n{note}\n"
     if results is not None:
         text += _experiment(Path(results), num_samples)
     return text
