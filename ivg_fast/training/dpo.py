@@ -75,7 +75,6 @@ def train_dpo(
     with the same arguments after an interruption, training resumes at the last checkpoint.
     """
     from datasets import Dataset
-    from transformers.utils import logging as hf_logging
     from trl import DPOConfig, DPOTrainer
 
     common.check_tokenizer(tokenizer)
@@ -106,8 +105,6 @@ def train_dpo(
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-    if not arguments["disable_tqdm"]:
-        hf_logging.enable_progress_bar()
     trainer = DPOTrainer(
         model=model,
         args=DPOConfig(**arguments),
