@@ -122,7 +122,7 @@ def render(folder: str | Path, results: str | Path | None = None, num_samples: i
     path = Path(folder) / "metrics.json"
     metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     size = metrics["size"]
-    text = _HEAD.format(**metrics, **size, base_hidden=2 * size["guide_hidden"])
+    text = _HEAD.format(**size | metrics, base_hidden=2 * size["guide_hidden"])
     for note in metrics.get("notes", []):
         text += f"\n{note}\n"
     if results is not None:

@@ -251,9 +251,9 @@ class Family:
                     "metrics.json",
                 )
                 if shipped:
-                    shutil.copy(file, out / name / file.name)
-        shutil.copy(self.work / "gold_reward.npz", out / "gold_reward.npz")
-        shutil.copy(self.work / "report" / "metrics.json", out / "metrics.json")
+                    shutil.copyfile(file, out / name / file.name)
+        shutil.copyfile(self.work / "gold_reward.npz", out / "gold_reward.npz")
+        shutil.copyfile(self.work / "report" / "metrics.json", out / "metrics.json")
         test = self.test_prompts[: self.size.num_test_prompts]
         dev = self.dev_prompts[: self.size.num_dev_prompts]
         write_jsonl(
