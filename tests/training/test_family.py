@@ -44,14 +44,14 @@ def test_family_from_nothing(reviews_csv, tmp_path):
     for name in ("base", "untuned", "tuned"):
         model = AutoModelForCausalLM.from_pretrained(out / name)
         tokenizer = AutoTokenizer.from_pretrained(out / name)
-        assert model.config.vocab_size == len(tokenizer) == 512
+        assert model.config.vocab_size == len(tokenizer) <= 512
         assert tokenizer.eos_token == "<|endoftext|>"
     assert PrefixValueModel.load(out / "value").head == "vocabulary"
     gold = GoldReward.load(out / "gold_reward.npz")
     assert gold.score(["great lovely good"])[0] > gold.score(["awful boring bad"])[0]
     report = json.loads((out / "metrics.json").read_text())
     assert report["gold_accuracy"] > 0.9
-    assert report["untuned_perplexity"] < 512
+    assert report["untuned_perplexity"] < 100
     assert 0 <= report["value_accuracy"] <= 1
     assert 0 <= report["implicit_accuracy"] <= 1
     assert f"{report['value_accuracy']:.3f} of the same pairs" in (out / "README.md").read_text()

@@ -29,7 +29,7 @@ def random_value_model(tokenizer, head: str, seed: int) -> PrefixValueModel:
 def naive_values(model: PrefixValueModel, ids: list[int]) -> list[float]:
     """V of each prefix of two tokens or more, one unpadded forward a prefix, in float64."""
     backbone = model.backbone.double()
-    weight = model.head_weight().double()
+    weight = model.head_weight().detach().double()
     values = []
     for t in range(1, len(ids)):
         prefix = ids[:t] if model.head == "vocabulary" else ids[: t + 1]
