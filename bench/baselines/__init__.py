@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integrated Value Guidance in plain PyTorch and transformers: what ivg_fast is measured against."""
+"""IVG in plain PyTorch and transformers: what ivg_fast is measured against."""
 
 from bench.baselines.common import BaselineResult, ValueModel
 from bench.baselines.reference_style import ReferenceStyleIVG

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """IVG the way the public implementations run it, on today's transformers.
 
-One prompt at a time, repeated W*K times; base, tuned and untuned in turn, eager, one forward a token;
-the whole cache of each model re-indexed at each selection; torch.multinomial; scorers run on the whole
-text at each selection. Their known mistakes are not repeated: positions under left padding are right,
-and the sampled ids are scored, not re-tokenised text.
+One prompt at a time, repeated W*K times; base, tuned and untuned in turn, eager, one forward a
+token; the whole cache of each model re-indexed at each selection; torch.multinomial; scorers run on
+the whole text at each selection. Their known mistakes are not repeated: positions under left
+padding are right, and the sampled ids are scored, not re-tokenised text.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ class PromptSearch:
         """Keeps the best W of the children of the active survivors and the finished ones' clones.
 
         Args:
-            leaves: for each active survivor, in order of rank, its children. Child c of rank r has id
-                c*W + r; ties in score go to the lower id.
+            leaves: for each active survivor, in order of rank, its children. Child c of rank r has
+                id c*W + r; ties in score go to the lower id.
         """
         pool = [
             (-child.score, number * self._width + rank, child)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Own KV tensors behind the HF cache interface, for rows that each carry a small tree of siblings.
 
-A row is one surviving hypothesis, its trunk; its G children sit side by side in the query dimension of
-the same row, told apart by the attention mask. Slots of a row:
+A row is one surviving hypothesis, its trunk; its G children sit side by side in the query dimension
+of the same row, told apart by the attention mask. Slots of a row:
 
     [0, pad)        left padding, masked
     [pad, base)     prompt and response of the trunk
@@ -27,8 +27,8 @@ class TreeCache(Cache):
         buffer: [2 * num_layers, rows, kv_heads, slots, head_dim], K at even, V at odd places.
         num_rows: rows in use.
         start: first slot that the next forward writes.
-        slots: the slots it writes, as a tensor. With it, attention sees all slots at constant shapes
-            (for CUDA graphs); without, the slots up to the last one written.
+        slots: the slots it writes, as a tensor. With it, attention sees all slots at constant
+            shapes (for CUDA graphs); without, the slots up to the last one written.
     """
 
     is_compileable = True
@@ -94,8 +94,9 @@ def tree_mask(
 ) -> Tensor:
     """Additive mask of one step, or of a chunk: [A, 1, fanout * depth, num_slots].
 
-    Query (j, g) sees the slots of its row behind `padding` [A] and before `base`, and the local slots
-    base + i*fanout + g with i <= j. The mask of step j alone is rows [j * fanout, (j + 1) * fanout).
+    Query (j, g) sees the slots of its row behind `padding` [A] and before `base`, and the local
+    slots base + i*fanout + g with i <= j. The mask of step j alone is rows
+    [j * fanout, (j + 1) * fanout).
     """
     device = padding.device
     slot = torch.arange(num_slots, device=device)
