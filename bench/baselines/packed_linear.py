@@ -13,16 +13,6 @@ from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 
-@torch.library.custom_op("ivg_bench::packed_linear", mutates_args=())
-def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out: int) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-
-
-@_packed_linear.register_fake
-def _(x: Tensor, packed: Tensor, bias: Tensor | None, out: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out)
-
-
 class PackedLinear(nn.Module):
     """y = x W^T + b with W [out, in] held in oneDNN's layout.
 
@@ -34,13 +24,10 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
-        self._out = len(weight)
         self._bias = None if bias is None else bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        if torch.compiler.is_compiling():
-            return _packed_linear(x, self._packed, self._bias, self._out)
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
 
 

@@ -67,9 +67,10 @@ class TreeSearch:
         length = min(chunk_length(params), params.max_tokens)
         max_rows, num_local = num_prompts * params.beam_width, 0
         for children in (params.pool_size, params.num_candidates):
-            fanout = self._fanout(children, length)
-            max_rows = max(max_rows, num_prompts * params.pool_size // fanout)
-            num_local = max(num_local, fanout * length)
+            for num_tokens in (length, params.max_tokens % length):  # the last chunk may be short
+                fanout = self._fanout(children, num_tokens)
+                max_rows = max(max_rows, num_prompts * params.pool_size // fanout)
+                num_local = max(num_local, fanout * num_tokens)
         self.num_slots = self.base + params.max_tokens + num_local
         for role in (self.steering | self.scoring).values():
             role.open_cache(num_prompts, max_rows, self.num_slots)
