@@ -37,7 +37,7 @@ class CachedRole:
             if is_packed:
                 self._head = PackedLinear(head_weight, None)
         self.cache: TreeCache
-        self._buffer: Tensor | None = None
+        self._buffers: list[Tensor] = []
         self._step: Callable[..., Tensor] = self.logits
         if use_graphs:
             self._step = torch.compile(self.logits, mode="reduce-overhead", dynamic=False)
@@ -45,10 +45,14 @@ class CachedRole:
     def open_cache(self, num_rows: int, max_rows: int, num_slots: int) -> None:
         """An empty cache; memory is kept from one batch to the next."""
         shape = cache_shape(self.model, max_rows, num_slots)
-        if self._buffer is None or self._buffer.shape != shape:
-            self._buffer = torch.zeros(shape, dtype=self.dtype, device=self.device)
-            torch._dynamo.mark_static_address(self._buffer)
-        self.cache = TreeCache(self._buffer, num_rows)
+        if not self._buffers or self._buffers[0].shape != shape:
+            num_buffers = 2 * self.model.config.get_text_config().num_hidden_layers
+            self._buffers = [
+                torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(num_buffers)
+            ]
+            for buffer in self._buffers:
+                torch._dynamo.mark_static_address(buffer)
+        self.cache = TreeCache(self._buffers, num_rows)
 
     def logits(self, ids: Tensor, positions: Tensor, mask: Tensor, keep: int = 0) -> Tensor:
         """float32 [A, q, V] for ids [A, q], or its last `keep`; writes the cache at `start`."""

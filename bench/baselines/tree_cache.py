@@ -21,10 +21,12 @@ from transformers import Cache
 
 
 class TreeCache(Cache):
-    """K and V of all layers in one tensor, written in place.
+    """K and V of each layer in a tensor of its own, written in place.
+
+    (One tensor for all layers makes compiled code copy all of it at each write.)
 
     Attributes:
-        buffer: [2 * num_layers, rows, kv_heads, slots, head_dim], K at even, V at odd places.
+        buffers: K and V of layer 0, K and V of layer 1 ..., each [rows, kv_heads, slots, head_dim].
         num_rows: rows in use.
         start: first slot that the next forward writes.
         slots: the slots it writes, as a tensor. With it, attention sees all slots at constant
@@ -33,9 +35,9 @@ class TreeCache(Cache):
 
     is_compileable = True
 
-    def __init__(self, buffer: Tensor, num_rows: int) -> None:
+    def __init__(self, buffers: list[Tensor], num_rows: int) -> None:
         self.layers = []
-        self.buffer = buffer
+        self.buffers = buffers
         self.num_rows = num_rows
         self.start = 0
         self.slots: Tensor | None = None
@@ -44,8 +46,8 @@ class TreeCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Writes [rows, kv_heads, q, head_dim] and returns what attention may see."""
-        keys = self.buffer[2 * layer_idx, : self.num_rows]
-        values = self.buffer[2 * layer_idx + 1, : self.num_rows]
+        keys = self.buffers[2 * layer_idx][: self.num_rows]
+        values = self.buffers[2 * layer_idx + 1][: self.num_rows]
         if self.slots is not None:
             keys.index_copy_(2, self.slots, key_states)
             values.index_copy_(2, self.slots, value_states)
@@ -61,9 +63,10 @@ class TreeCache(Cache):
 
     def repeat_rows(self, times: int) -> None:
         """Each row becomes `times` adjacent rows."""
-        old = self.buffer[:, : self.num_rows]
+        for buffer in self.buffers:
+            repeated = buffer[: self.num_rows].repeat_interleave(times, dim=0)
+            buffer[: len(repeated)] = repeated
         self.num_rows *= times
-        self.buffer[:, : self.num_rows] = old.repeat_interleave(times, dim=1)
 
     def keep(self, rows: Tensor, first: int, base: int, local_slots: Tensor) -> None:
         """Makes row a the trunk of old row `rows[a]` [A] with `local_slots[a]` [A, n] behind it.
@@ -71,22 +74,23 @@ class TreeCache(Cache):
         Slots before `first` are known to be right already.
         """
         kept = len(rows)
-        local = self.buffer[:, rows[:, None], :, local_slots]  # [A, n, 2 * layers, heads, dim]
-        if kept != self.num_rows or not torch.equal(rows, torch.arange(kept, device=rows.device)):
-            trunk = self.buffer[:, :, :, first:base].index_select(1, rows)
-            self.buffer[:, :kept, :, first:base] = trunk
         end = base + local_slots.shape[1]
-        self.buffer[:, :kept, :, base:end] = local.permute(2, 0, 3, 1, 4)
+        moves = kept != self.num_rows or rows.tolist() != list(range(kept))
+        for buffer in self.buffers:
+            local = buffer[rows[:, None], :, local_slots]  # [A, n, heads, dim]
+            if moves:
+                buffer[:kept, :, first:base] = buffer[:, :, first:base].index_select(0, rows)
+            buffer[:kept, :, base:end] = local.transpose(1, 2)
         self.num_rows = kept
 
 
 def cache_shape(model: nn.Module, rows: int, slots: int) -> tuple[int, ...]:
-    """The shape of a TreeCache's buffer for `model`."""
+    """The shape of each of a TreeCache's buffers for `model`."""
     config = model.config.get_text_config()
     num_heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    return (2 * config.num_hidden_layers, rows, kv_heads, slots, head_dim)
+    return (rows, kv_heads, slots, head_dim)
 
 
 def tree_mask(

@@ -1,5 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""IVG as fast as plain PyTorch and transformers go."""
+"""IVG as fast as plain PyTorch and transformers go.
+
+The prompt is prefilled once; the base model's survivors forward their last token once for all
+children; scorers keep their own caches and forward only what is new, a trunk's last token together
+with its children's tokens; prompts run in one batch; one uniform a token; no inference outside the
+stock HF decoder.
+
+Measured on a GPT-2-shaped family (base 6 x 384, guides and value 4 x 192, vocabulary 4,096;
+W, K, L = 4, 4, 5; 50 tokens; float32; one thread of an AMD CPU with AVX-512 that others used too,
+so CPU time, of few runs):
+
+- siblings as queries of one row under a tree mask: attention of eight prompts 0.6 ms a layer,
+  against 3.5 to 4 ms with a row a candidate (SDPA with or without a mask, matmul and softmax);
+- oneDNN-packed linear layers and the fused GELU: 0.63 s a prompt instead of 0.86 s (one prompt),
+  0.34 s instead of 0.59 s (eight). MKL's packed weights gained nothing;
+- attention by matmul and softmax against SDPA, on the same rows: no difference within the noise;
+- torch.compile of a guide's decode step: 3.4 ms against 4.6 ms with stock linear layers, 2.4 ms
+  against 2.6 ms with packed ones (as an opaque operator), at 20 to 60 s of compilation a model: not
+  used on the CPU. With the KV of all layers in one tensor it was slower than eager mode.
+"""
 
 from __future__ import annotations
 
