@@ -3,10 +3,12 @@
 
     python -m bench.experiments.imdb_rewards --out bench/results/imdb_rewards
 
-The guidance weight is chosen on the dev prompts; then every method runs on the test prompts with
-every seed. Reported a method: mean gold reward, second judge (lexicon), perplexity under a
-held-out language model if `--judge` names one, distinct-2; for pairs of methods the difference in
-gold reward with a paired bootstrap 95% interval over prompts.
+The guidance weight is chosen on the dev prompts, among those whose responses repeat themselves
+hardly more than the base's do (a bag-of-words reward is easily won by saying "great" all the time);
+then every method runs on the test prompts with every seed. Reported a method: mean gold reward,
+second judge (lexicon), perplexity under a held-out language model if `--judge` names one,
+distinct-2; for pairs of methods the difference in gold reward with a paired bootstrap 95% interval
+over prompts.
 """
 
 from __future__ import annotations
@@ -85,20 +87,41 @@ def bootstrap(difference: np.ndarray, seed: int = 0, draws: int = 10_000) -> lis
     return np.quantile(difference[index].mean(-1), [0.025, 0.975]).tolist()
 
 
-def choose_weights(
+def dev_table(
     models: Models, gold: GoldReward, weights: Sequence[float], num_prompts: int
-) -> dict[str, Any]:
-    """Mean gold reward on dev prompts for each weight, with and without the search."""
+) -> list[dict[str, Any]]:
+    """Gold reward and distinct-2 on dev prompts: base, and EFT and IVG with each weight."""
     prompts = dev_prompts(num_prompts)
-    table: dict[str, dict[str, float]] = {"eft": {}, "ivg": {}}
-    for weight in weights:
+    rows = []
+    for weight in (0.0, *weights):
         for method in methods(weight, weight):
-            if method.name in table:
-                responses = generate(models, prompts, method, seed=DEV_SEED)
-                texts = [p + r for p, r in zip(prompts, responses, strict=True)]
-                table[method.name][str(weight)] = float(np.mean(gold.score(texts)))
-                print(method.name, weight, table[method.name][str(weight)], flush=True)
-    return table
+            if (method.name == "base") != (weight == 0) or method.name == "cbs":
+                continue
+            responses = generate(models, prompts, method, seed=DEV_SEED)
+            texts = [p + r for p, r in zip(prompts, responses, strict=True)]
+            rows.append(
+                {
+                    "method": method.name,
+                    "weight": weight,
+                    "gold": float(np.mean(gold.score(texts))),
+                    "distinct_2": distinct_2(responses),
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def choose_weight(rows: Sequence[dict[str, Any]], method: str, min_distinct: float) -> float:
+    """The weight of highest gold reward whose distinct-2 is >= min_distinct times the base's.
+
+    Where none is, the one of highest distinct-2.
+    """
+    floor = min_distinct * rows[0]["distinct_2"]
+    own = [row for row in rows if row["method"] == method]
+    fluent = [row for row in own if row["distinct_2"] >= floor]
+    if fluent:
+        return float(max(fluent, key=lambda row: row["gold"])["weight"])
+    return float(max(own, key=lambda row: row["distinct_2"])["weight"])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,7 +131,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num-prompts", type=int, default=200)
     parser.add_argument("--num-dev-prompts", type=int, default=64)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--weights", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0])
+    parser.add_argument("--weights", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0])
+    parser.add_argument("--min-distinct", type=float, default=0.9)
     parser.add_argument("--judge", help="folder of a language model for the perplexity")
     parser.add_argument("--num-judged", type=int, default=200, help="responses a method it reads")
     args = parser.parse_args(argv)
@@ -118,8 +142,8 @@ def main(argv: list[str] | None = None) -> int:
     models = load_models(folder)
     gold, lexicon = GoldReward.load(folder / "gold_reward.npz"), LexiconReward()
 
-    dev = choose_weights(models, gold, args.weights, args.num_dev_prompts)
-    chosen = {name: float(max(row, key=lambda w: row[w])) for name, row in dev.items()}
+    dev = dev_table(models, gold, args.weights, args.num_dev_prompts)
+    chosen = {name: choose_weight(dev, name, args.min_distinct) for name in ("eft", "ivg")}
     prompts = test_prompts(args.num_prompts)
     rewards: dict[str, np.ndarray] = {}
     summary: dict[str, Any] = {}
