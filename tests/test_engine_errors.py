@@ -57,6 +57,12 @@ def engine(models) -> Iterator[Engine]:
         ([5, 97], "prompts"),
         ([5, -1], "prompts"),
         ([5, 1.5], "prompts"),
+        ([5, 2**70], "prompts"),
+        ([], "prompts"),
+        (None, "prompts"),
+        (5, "prompts"),
+        (b"bytes", "prompts"),
+        ({"role": "user", "content": "one message is no list of them"}, "prompts"),
         ([{"role": "user", "content": "hi"}], "prompts"),  # this tokenizer has no chat template
     ],
 )
@@ -93,6 +99,7 @@ def test_a_pool_too_small_for_the_request(engine: Engine) -> None:
         {"max_tokens": 10**10},
         {"temperature": -0.1},
         {"temperature": math.nan},
+        {"temperature": 1e-30},
         {"top_p": 0.0},
         {"min_p": 1.5},
         {"top_k": 2.5},
@@ -102,7 +109,9 @@ def test_a_pool_too_small_for_the_request(engine: Engine) -> None:
         {"scorer": "explicit"},
         {"n": 2},
         {"stop": [""]},
+        {"stop": None},
         {"stop_token_ids": [97]},
+        {"stop_token_ids": None},
         {"min_tokens": 13},
         {"seed": 2**64},
         {"scorer": "none", "beam_width": 2, "chunk_length": 3},  # nothing to select by
@@ -122,10 +131,25 @@ def test_bad_params(engine: Engine, fields: dict) -> None:
 def test_lists_of_another_length(engine: Engine) -> None:
     with pytest.raises(InvalidParameterError, match="params must be one, or 2, got 3"):
         engine.generate(["a", "b"], [PARAMS] * 3)
+    with pytest.raises(InvalidParameterError, match=r"params must be SearchParams, .* got None"):
+        engine.generate(["a", "b"], None)
+    with pytest.raises(InvalidParameterError, match="seeds must be a list of integers, got 1"):
+        engine.generate(["a", "b"], PARAMS, seeds=1)
     with pytest.raises(InvalidParameterError, match="seeds must be 2"):
         engine.generate(["a", "b"], PARAMS, seeds=[1])
     with pytest.raises(InvalidParameterError, match=r"seeds must be integers .*, got -1"):
         engine.generate(["a", "b"], PARAMS, seeds=[1, -1])
+
+
+@pytest.mark.parametrize("prompts", [None, 5, b"bytes", {"role": "user", "content": "hi"}])
+def test_what_is_no_prompt_at_all(engine: Engine, prompts) -> None:
+    with pytest.raises(InvalidParameterError, match="prompts must be texts, chat messages or"):
+        engine.generate(prompts, PARAMS)
+
+
+def test_stops_of_an_iterator_are_kept() -> None:
+    params = SearchParams(max_tokens=3, stop=iter(["a", "b"]), stop_token_ids=iter([7]))
+    assert (params.stop, params.stop_token_ids) == (("a", "b"), (7,))
 
 
 def _run_beside(engine: Engine, params: SearchParams) -> tuple[Exception, RequestOutput]:
@@ -282,6 +306,10 @@ def test_abort_and_deadline(engine: Engine) -> None:
 
 def test_models_that_do_not_fit_together(models) -> None:
     base = models["base_model"]
+    with pytest.raises(InvalidParameterError, match=r"base must be a torch module; .* got 'gpt2'"):
+        Engine("gpt2")
+    with pytest.raises(InvalidParameterError, match="config must be an EngineConfig"):
+        Engine(base, config={"num_blocks": 3})
     with pytest.raises(InvalidParameterError, match="untuned must be given too"):
         Engine(base, tuned=models["tuned"])
     with pytest.raises(UnsupportedModelError, match="value must be a ValueHeadModel"):
