@@ -149,7 +149,8 @@ class RequestFactory:
                 )
         for role, ids in request.prompt_ids.items():
             if not len(ids):
-                raise InvalidParameterError("prompts", request.prompt or [], "must have a token")
+                given = [] if request.prompt is None else request.prompt
+                raise InvalidParameterError("prompts", given, "must have a token")
             unknown = ids[(ids < 0) | (ids >= self._runners[role].vocab_size)]
             if len(unknown):
                 raise InvalidParameterError(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -145,6 +146,12 @@ def test_lists_of_another_length(engine: Engine) -> None:
 def test_what_is_no_prompt_at_all(engine: Engine, prompts) -> None:
     with pytest.raises(InvalidParameterError, match="prompts must be texts, chat messages or"):
         engine.generate(prompts, PARAMS)
+
+
+def test_errors_cross_processes() -> None:
+    error = InvalidParameterError("seed", -1, "must be positive")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), copy.parameter, copy.value) == (str(error), "seed", -1)
 
 
 def test_stops_of_an_iterator_are_kept() -> None:
