@@ -213,9 +213,9 @@ class Engine:
             One RequestOutput a prompt, in their order.
 
         Raises:
-            IVGError: bad input is refused before anything runs. If a request fails while it runs,
-                the others finish and then its error is raised; `error.outputs` holds what they
-                returned, None for those that failed.
+            IVGError: bad input is refused before anything runs.
+            Exception: a request failed while it ran. The others finish first; `outputs` of the
+                error, whatever its type, holds what they returned, None for those that failed.
         """
         self._check_usable()
         requests = self._factory.create(as_prompt_list(prompts), params, seeds)
@@ -242,8 +242,7 @@ class Engine:
         if failures:
             index, error = min(failures, key=lambda failure: failure[0])
             error.add_note(f"prompt {index} of {len(requests)} failed")
-            if isinstance(error, IVGError):
-                error.outputs = [outputs.get(i) for i in range(len(requests))]
+            vars(error)["outputs"] = [outputs.get(i) for i in range(len(requests))]
             raise error
         return [outputs[i] for i in range(len(requests))]
 

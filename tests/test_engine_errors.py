@@ -258,6 +258,16 @@ def test_a_forward_that_raises_at_any_call(poisoned) -> None:
     assert _same(engine.generate("hello", NEIGHBOUR)[0], alone)
 
 
+def test_a_forward_that_raises_loses_no_finished_output(poisoned) -> None:
+    engine, state = poisoned
+    brief = SearchParams(max_tokens=2, ignore_eos=True)
+    state.update(calls=0, raise_at=20)
+    with pytest.raises(RuntimeError, match="planted failure") as caught:
+        engine.generate(["a", "b"], [brief, SearchParams(max_tokens=40, ignore_eos=True)])
+    assert len(caught.value.outputs[0].outputs[0].token_ids) == 2
+    assert caught.value.outputs[1] is None
+
+
 def test_an_interrupt_leaves_the_engine_whole(poisoned) -> None:
     engine, state = poisoned
     alone = engine.generate("hello", NEIGHBOUR)[0]
