@@ -37,7 +37,8 @@ class LiveRequest:
 
     Attributes:
         prompt_ids: int64 prompt tokens of each role that takes part.
-        stop_ids: token ids that end a candidate.
+        stop_ids: token ids that end a candidate, `eos_ids` among them.
+        eos_ids: ends of text, none if they are to be ignored.
         prompt_outputs: per role what its forward gave for the prompt's last token (logits [V], or
             the value model's hidden state [H]), from the prefill until the first tokens are drawn.
         first_scores: f64[W*K] by candidate id: the scorer's measure of the first token since the
@@ -51,6 +52,7 @@ class LiveRequest:
     prompt_ids: dict[str, NDArray[np.int64]]
     seed: int
     stop_ids: NDArray[np.int64]
+    eos_ids: frozenset[int]
     first_scores: NDArray[np.float64]
     last_values: NDArray[np.float64]
     request_id: int = -1
@@ -69,14 +71,15 @@ class LiveRequest:
         eos_ids: Sequence[int],
     ) -> LiveRequest:
         """A request whose roles all read the same prompt tokens."""
-        stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_ids))
+        ends = frozenset() if params.ignore_eos else frozenset(eos_ids)
         ids = np.asarray(token_ids, dtype=np.int64)
         request = cls(
             params=params,
             prompt=prompt,
             prompt_ids={role: ids for role in ("base", *guide_roles(params), *score_roles(params))},
             seed=seed,
-            stop_ids=np.array(sorted(stop_ids), dtype=np.int64),
+            stop_ids=np.array(sorted(ends.union(params.stop_token_ids)), dtype=np.int64),
+            eos_ids=ends,
             first_scores=np.zeros(params.pool_size),
             last_values=np.zeros(params.pool_size),
         )
@@ -129,8 +132,8 @@ class LiveRequest:
         tokens = candidate["token_ids"].tolist()
         stop_reason: str | int | None = None
         text = decode(tokenizer, tokens)
-        if candidate["finish"] == FINISH_STOP and tokens[-1] in self.params.stop_token_ids:
-            stop_reason = tokens[-1]
+        if candidate["finish"] == FINISH_STOP:
+            stop_reason = None if tokens[-1] in self.eos_ids else tokens[-1]
         elif candidate["finish"] == FINISH_STOP_TEXT:
             stop = self.params.stop[candidate["stop_index"]]
             start = _settled_length(tokenizer, tokens, len(tokens) - 1) - len(stop) + 1

@@ -23,7 +23,7 @@ from torch import Tensor
 from ivg_fast.triton_kernels import guided_sample_jit as jit
 from ivg_fast.triton_kernels import sample_filter_jit as filter_jit
 
-BLOCK = 2048
+BLOCK = 2048  # vocabulary entries a program reads
 DIGIT_BITS = 4
 NUM_PIVOTS = 16
 NUM_PASSES = 8
@@ -79,7 +79,6 @@ def guided_sample(
     banned_ids: Tensor | None,
     banned_until: Tensor | None,
     step_state: StepState | None = None,
-    block: int = BLOCK,
 ) -> tuple[Tensor, ...]:
     """ivg_fast.ops.guided_sample on arguments that were checked: every tensor on base's device.
 
@@ -90,7 +89,6 @@ def guided_sample(
     Args:
         step_state: what to advance for the next decode step; needs logit_rows=None and int32
             `positions` that are step_state.positions.
-        block: vocabulary entries a program reads, a power of two.
 
     Returns:
         The fields of GuidedSample, in order.
@@ -105,7 +103,7 @@ def guided_sample(
     )
     if num_samples == 0:
         return outputs
-    num_blocks = triton.cdiv(vocab_size, block)
+    num_blocks = triton.cdiv(vocab_size, BLOCK)
     padded = triton.next_power_of_2(num_blocks)
     stats = torch.empty(8, num_samples, num_blocks, dtype=torch.float32, device=device)
     w, weight_tensor = _parameter(weight, torch.float32, device)
@@ -131,9 +129,9 @@ def guided_sample(
         "HAS_UNTIL": banned_until is not None,
         "WEIGHT_TENSOR": weight_tensor,
         "TEMPERATURE_TENSOR": temperature_tensor,
-        "BLOCK": block,
+        "BLOCK": BLOCK,
     }
-    grid = (num_blocks, num_samples)
+    grid = (num_samples, num_blocks)
     jit._measure[grid](*source, vocab_size, num_samples, **flags)
 
     searches = []

@@ -106,9 +106,9 @@ def _measure(
     NUM_BANNED: tl.constexpr, HAS_UNTIL: tl.constexpr, WEIGHT_TENSOR: tl.constexpr,
     TEMPERATURE_TENSOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0)
-    i = tl.program_id(1)
-    num_blocks = tl.num_programs(0)
+    i = tl.program_id(0)
+    block = tl.program_id(1)
+    num_blocks = tl.num_programs(1)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     b, t, u, z = _combine(
         base, tuned, untuned, base_stride, tuned_stride, untuned_stride,

@@ -83,9 +83,9 @@ def _narrow(
     NUM_PIVOTS: tl.constexpr,
 ):  # fmt: skip
     """Pass `step`: this block's statistic above each of 16 pivots between two bounds of the key."""
-    block = tl.program_id(0)
-    i = tl.program_id(1)
-    num_blocks = tl.num_programs(0)
+    i = tl.program_id(0)
+    block = tl.program_id(1)
+    num_blocks = tl.num_programs(1)
     if not _is_searched(
         i, top_k, top_p, temperature, vocab_size, IS_MASS,
         TOP_K_TENSOR, TOP_P_TENSOR, TEMPERATURE_TENSOR,
@@ -160,9 +160,9 @@ def _mask(
     PADDED_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Join min-p's threshold to the others, and leave in the block's sum of z only what stays."""
-    block = tl.program_id(0)
-    i = tl.program_id(1)
-    num_blocks = tl.num_programs(0)
+    i = tl.program_id(0)
+    block = tl.program_id(1)
+    num_blocks = tl.num_programs(1)
     t = _parameter(temperature, i, TEMPERATURE_TENSOR)
     p = _parameter(min_p, i, MIN_P_TENSOR)
     threshold = tl.load(thresholds + i)

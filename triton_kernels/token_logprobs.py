@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ivg_fast.triton_kernels.guided_sample_jit import LOG2E, _log_sum, _logits, _store_stats
 
-BLOCK = 2048
+BLOCK = 2048  # vocabulary entries a program reads
 
 
 @triton.jit
@@ -18,9 +18,9 @@ def _measure_rows(
     logits, minus, logits_stride, minus_stride, rows, stats, vocab_size, num_tokens,
     HAS_ROWS: tl.constexpr, HAS_MINUS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0)
-    i = tl.program_id(1)
-    num_blocks = tl.num_programs(0)
+    i = tl.program_id(0)
+    block = tl.program_id(1)
+    num_blocks = tl.num_programs(1)
     num_items = num_tokens * num_blocks
     row = i.to(tl.int64)
     if HAS_ROWS:
@@ -58,13 +58,8 @@ def token_logprobs(
     minus: Tensor | None,
     token_ids: Tensor,
     logit_rows: Tensor | None,
-    *,
-    block: int = BLOCK,
 ) -> Tensor:
     """ivg_fast.ops.token_logprobs (less those of `minus`) on arguments that were checked.
-
-    Args:
-        block: vocabulary entries a program reads, a power of two.
 
     Returns:
         float32[N].
@@ -74,13 +69,13 @@ def token_logprobs(
     if num_tokens == 0:
         return out
     vocab_size = logits.shape[1]
-    num_blocks = triton.cdiv(vocab_size, block)
+    num_blocks = triton.cdiv(vocab_size, BLOCK)
     stats = torch.empty(4, num_tokens, num_blocks, dtype=torch.float32, device=logits.device)
     other = logits if minus is None else minus
     rows = token_ids if logit_rows is None else logit_rows
     sources = (logits, other, logits.stride(0), other.stride(0), rows, stats)
     flags = {"HAS_ROWS": logit_rows is not None, "HAS_MINUS": minus is not None}
-    _measure_rows[(num_blocks, num_tokens)](*sources, vocab_size, num_tokens, **flags, BLOCK=block)
+    _measure_rows[(num_tokens, num_blocks)](*sources, vocab_size, num_tokens, **flags, BLOCK=BLOCK)
     _gather_logprobs[(num_tokens,)](
         *(*sources, token_ids, out, num_tokens, num_blocks),
         **flags,

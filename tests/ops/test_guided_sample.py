@@ -50,7 +50,7 @@ def test_contract_in_every_instruction_set(isa):
         assert not run_cases("cpu", 4, SIZES * 2).violations
         return
     code = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
 from ivg_fast import _C
 from sampling_cases import run_cases
 assert _C.cpu_isa() == {isa!r}, _C.cpu_isa()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the sampling kernels ahead of time for one GPU architecture, without a GPU.
+"""Compiles the sampling kernels ahead of time for the GPU architectures given, without a GPU.
 
 Run by test_triton_aot.py: a process of its own, because Triton's interpreter and its compiler
 exclude each other. Prints one JSON object: architecture -> kernel -> bytes of local memory.
@@ -87,4 +87,4 @@ def compile_all(capability: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_all(int(sys.argv[1]))))
+    print(json.dumps({name: compile_all(int(name)) for name in sys.argv[1:]}))
