@@ -106,8 +106,7 @@ class Engine:
         dtype: torch.dtype | str = "auto",
         config: EngineConfig | None = None,
     ) -> Self:
-        """Loads every model from a folder (or hub name) in safetensors, and checks the
-        vocabularies.
+        """Loads every model from a folder (or hub name) in safetensors; checks the vocabularies.
 
         Args:
             base, tuned, untuned: causal language models with their tokenizers.
