@@ -7,10 +7,14 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/*.cc csrc/*/*.h csrc/*/*.cu)
 SANITIZE ?= address,undefined
 
-.PHONY: demo test lint test-core test-python test-wheel clean
+.PHONY: demo family test lint test-core test-python test-wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m bench.demo
+
+# Trains the bundled models again, from nothing: data, gold reward, tokenizer, models, model card.
+family: $(VENV)/installed
+	$(BIN)/python -m ivg_fast.training.family --out ivg_fast/assets/imdb
 
 test: lint test-core test-python test-wheel
 
@@ -19,7 +23,7 @@ $(VENV)/installed: $(SOURCES) constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[bench,test]'
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[bench,test,train]'
 	touch $@
 
 lint: $(VENV)/installed

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one writes in plain PyTorch instead of guided_sample: the same token and the same measures.
 
-Each function takes base, tuned, untuned [B, V], a weight, a temperature and what it needs besides,
-and returns token, logprob, base_logprob, implicit_reward. The measures use logsumexp and a gather,
-which is cheaper than log_softmax of whole rows.
+Each function takes base, tuned, untuned [B, V], a weight, a temperature and (where it filters)
+top_k and top_p, and returns token, logprob, base_logprob, implicit_reward. The measures use
+logsumexp and a gather, which is cheaper than log_softmax of whole rows.
 """
 
 from __future__ import annotations

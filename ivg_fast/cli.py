@@ -24,6 +24,7 @@ from ivg_fast.engine import Engine
 from ivg_fast.errors import InvalidParameterError, IVGError
 from ivg_fast.outputs import RequestOutput
 from ivg_fast.params import EngineConfig, SearchParams
+from ivg_fast.training import cli as training
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
@@ -49,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_generate(commands)
     info = commands.add_parser("info", help="what was built, versions, devices")
     info.set_defaults(run=_info)
+    training.add_parser(commands)
     arguments = parser.parse_args(argv)
+    if arguments.command == "train":
+        return training.run(arguments)
     try:
         return arguments.run(arguments)
     except InvalidParameterError as error:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Container, Iterator, Sequence
@@ -17,20 +16,24 @@ from tqdm import tqdm
 
 from ivg_fast import _C
 from ivg_fast.burst import BurstResult, BurstRunner
-from ivg_fast.errors import CapacityError, InvalidParameterError, IVGError, UnsupportedModelError
+from ivg_fast.errors import (
+    InvalidParameterError,
+    IVGError,
+    UnsupportedModelError,
+    VocabularyMismatchError,
+)
+from ivg_fast.kv_budget import affordable_blocks
 from ivg_fast.models.loading import load_model, load_tokenizer
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.value_head import ValueHeadModel, load_value_model
 from ivg_fast.models.values import TokenScorer
-from ivg_fast.models.vocabulary import check_same_vocabulary
+from ivg_fast.models.vocabulary import check_same_vocabulary, check_tokenizer
 from ivg_fast.ops.kv_cache import BlockCopier
 from ivg_fast.outputs import RequestOutput
 from ivg_fast.params import EngineConfig, SearchParams
-from ivg_fast.prompts import PromptInput, RequestFactory
+from ivg_fast.prompts import PromptInput, RequestFactory, as_prompt_list
 from ivg_fast.request import ROLES, LiveRequest
 from ivg_fast.scoring import ChunkScorer
-
-logger = logging.getLogger("ivg_fast")
 
 # A request that has ended: its id, and its output or what it failed with.
 Ended = tuple[int, RequestOutput | BaseException]
@@ -65,7 +68,9 @@ class Engine:
         value: nn.Module | None = None,
         config: EngineConfig | None = None,
     ) -> None:
-        self.config = config or EngineConfig()
+        self.config = EngineConfig() if config is None else config
+        if not isinstance(self.config, EngineConfig):
+            raise InvalidParameterError("config", config, "must be an EngineConfig")
         self.tokenizer = tokenizer
         if (tuned is None) != (untuned is None):
             missing = "tuned" if tuned is None else "untuned"
@@ -74,12 +79,18 @@ class Engine:
             )
         models = {"base": base_model, "tuned": tuned, "untuned": untuned, "value": value}
         self._runners: dict[str, ModelRunner] = {}
+        self._is_busy = False
         try:
             for role, model in models.items():
-                if model is not None:
-                    self._runners[role] = ModelRunner(
-                        model, role=role, num_threads=self.config.num_threads
+                if model is None and role != "base":
+                    continue
+                if not isinstance(model, nn.Module):
+                    raise InvalidParameterError(
+                        role, model, "must be a torch module; Engine.from_pretrained takes paths"
                     )
+                self._runners[role] = ModelRunner(
+                    model, role=role, num_threads=self.config.num_threads
+                )
             self._set_up()
         except BaseException:
             self.close()
@@ -113,17 +124,15 @@ class Engine:
         if torch.device(device or "cpu").type != "cpu":
             raise InvalidParameterError("device", str(device), "must be the CPU")
         tokenizer = load_tokenizer(base)
-        models: dict[str, nn.Module | None] = dict.fromkeys(ROLES)
+        models: dict[str, Any] = dict.fromkeys(ROLES)
         for role, path in zip(ROLES, (base, tuned, untuned, value), strict=True):
             if path is None:
                 continue
             loader = load_value_model if role == "value" else load_model
             models[role] = loader(path, device=device, dtype=dtype)
             if role != "base":
-                _check_vocabulary(tokenizer, path, role)
-        base_model = models.pop("base")
-        assert base_model is not None
-        return cls(base_model, tokenizer, config=config, **models)
+                check_tokenizer(tokenizer, path, role)
+        return cls(models.pop("base"), tokenizer, config=config, **models)
 
     def _set_up(self) -> None:
         base = self._runners["base"]
@@ -143,10 +152,18 @@ class Engine:
                 )
                 self.vocab_size = min(self.vocab_size, size)
         eos = getattr(self.tokenizer, "eos_token_id", None)
-        eos_ids = sorted({*base.eos_token_ids, *([] if eos is None else [eos])})
+        known = sorted({*base.eos_token_ids, *([] if eos is None else [eos])})
+        # Of several ends of text some may be past what all models share: those are never drawn.
+        eos_ids = [token for token in known if token < self.vocab_size]
+        if known and not eos_ids:
+            raise VocabularyMismatchError(
+                f"token ids {known}, which end a text of the base model, are past the "
+                f"{self.vocab_size} ids that all models share"
+            )
         eos_id = eos if eos is not None else next(iter(eos_ids), None)
-        num_blocks = self.config.num_blocks or self._affordable_blocks()
-        for runner in self._runners.values():
+        runners = list(self._runners.values())
+        num_blocks = self.config.num_blocks or affordable_blocks(runners, self.config)
+        for runner in runners:
             runner.allocate(num_blocks)
         self._scheduler = _C.Scheduler(
             num_blocks=num_blocks,
@@ -156,7 +173,7 @@ class Engine:
             max_join_steps=_or_minus_one(self.config.max_join_steps),
             max_queued_requests=_or_minus_one(self.config.max_queued_requests),
         )
-        pools = [pool for runner in self._runners.values() for pool in runner.pools]
+        pools = [pool for runner in runners for pool in runner.pools]
         token_scorer = TokenScorer(self._runners, self.vocab_size)
         self._burst = BurstRunner(
             self._runners, self.vocab_size, BlockCopier(pools).copy, token_scorer, self.tokenizer
@@ -172,23 +189,6 @@ class Engine:
         )
         self._live: dict[int, LiveRequest] = {}
         self._uncollected: list[Ended] = []  # for the next step() to return
-
-    def _affordable_blocks(self) -> int:
-        block_bytes = sum(runner.bytes_per_block for runner in self._runners.values())
-        budget = int(self.config.kv_memory_fraction * _available_memory())
-        num_blocks = min(budget // block_bytes, 2**31 // _C.BLOCK_SIZE - 1)  # slots are int32
-        limits = [r.max_position for r in self._runners.values() if r.max_position is not None]
-        if limits:
-            # A prompt and a response round up to whole blocks each.
-            num_blocks = min(
-                num_blocks, self.config.max_num_rows * (min(limits) // _C.BLOCK_SIZE + 2)
-            )
-        if num_blocks < 1:
-            raise CapacityError(
-                f"kv_memory_fraction {self.config.kv_memory_fraction} of the free memory is "
-                f"{budget} bytes, a KV block of all roles takes {block_bytes}"
-            )
-        return num_blocks
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -213,12 +213,12 @@ class Engine:
             One RequestOutput a prompt, in their order.
 
         Raises:
-            IVGError: bad input is refused before anything runs. If a request fails while it runs,
-            the
-                others finish and then its error is raised; `error.outputs` holds what they
-                returned, None for those that failed.
+            IVGError: bad input is refused before anything runs.
+            Exception: a request failed while it ran. The others finish first; `outputs` of the
+                error, whatever its type, holds what they returned, None for those that failed.
         """
-        requests = self._factory.create(prompts, params, seeds)
+        self._check_usable()
+        requests = self._factory.create(as_prompt_list(prompts), params, seeds)
         outputs: dict[int, RequestOutput] = {}
         failures: list[tuple[int, BaseException]] = []
         ids: dict[int, int] = {}
@@ -242,8 +242,7 @@ class Engine:
         if failures:
             index, error = min(failures, key=lambda failure: failure[0])
             error.add_note(f"prompt {index} of {len(requests)} failed")
-            if isinstance(error, IVGError):
-                error.outputs = [outputs.get(i) for i in range(len(requests))]
+            vars(error)["outputs"] = [outputs.get(i) for i in range(len(requests))]
             raise error
         return [outputs[i] for i in range(len(requests))]
 
@@ -255,6 +254,8 @@ class Engine:
         Raises:
             InvalidParameterError, CapacityError, QueueFullError: the request is not queued.
         """
+        if not self._runners:
+            raise IVGError("the engine is closed")
         (request,) = self._factory.create([prompt], params, None if seed is None else [seed])
         return self._submit(request)
 
@@ -268,8 +269,15 @@ class Engine:
         Returns:
             The requests that ended: (request id, output, or the error that it failed with).
         """
+        self._check_usable()
         ended, self._uncollected = self._uncollected, []
         return ended + self._run_step()
+
+    def _check_usable(self) -> None:
+        if not self._runners:
+            raise IVGError("the engine is closed")
+        if self._is_busy:
+            raise IVGError("a scorer cannot run the engine that waits for its scores")
 
     def _run_step(self) -> list[Ended]:
         now = time.monotonic()
@@ -302,8 +310,8 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether any request waits or runs."""
-        return self._scheduler.has_unfinished
+        """Whether `step` has anything left to run or to return."""
+        return bool(self._live or self._uncollected)
 
     def _score(self) -> None:
         plan = self._scheduler.plan_scores()
@@ -326,12 +334,14 @@ class Engine:
     @contextmanager
     def _failing(self, requests: Sequence[LiveRequest]) -> Iterator[None]:
         """Work for these requests: where it raises, they fail; those with an error are ended."""
+        self._is_busy = True
         try:
             with torch.inference_mode(), torch.profiler.record_function("ivg::step"):
                 yield
         except BaseException as error:  # an interrupt too: the books must close first
             for request in requests:
                 request.error = error
+        self._is_busy = False
         for request in requests:
             if request.error is not None:
                 self._scheduler.abort(request.request_id)
@@ -341,7 +351,13 @@ class Engine:
         for request_id in self._scheduler.take_finished():
             result = self._scheduler.take_result(request_id)
             request = self._live.pop(request_id)
-            ended.append((request_id, request.error or request.output(result, self.tokenizer)))
+            output: RequestOutput | BaseException | None = request.error
+            if output is None:
+                try:
+                    output = request.output(result, self.tokenizer)
+                except Exception as error:  # a tokenizer that fails on one text fails no other
+                    output = error
+            ended.append((request_id, output))
         return ended
 
     def _drop(self, request_ids: Container[int]) -> None:
@@ -349,7 +365,8 @@ class Engine:
         for request_id in list(self._live):
             if request_id in request_ids:
                 self._scheduler.abort(request_id)
-        self._uncollected += [end for end in self._collect() if end[0] not in request_ids]
+        ended = self._uncollected + self._collect()
+        self._uncollected = [end for end in ended if end[0] not in request_ids]
 
     def _submit(self, request: LiveRequest) -> int:
         request.request_id = self._scheduler.add_request(**request.spec())
@@ -368,9 +385,11 @@ class Engine:
 
     def close(self) -> None:
         """Frees the KV pools and gives the models their own attention back; twice is fine."""
-        for runner in self._runners.values():
+        # The first of several roles that share a module saw its own attention: it goes last.
+        for runner in reversed(self._runners.values()):
             runner.close()
         self._runners = {}
+        vars(self).pop("_burst", None)  # its block copier holds the pools too
 
     def __enter__(self) -> Self:
         return self
@@ -379,29 +398,5 @@ class Engine:
         self.close()
 
 
-def _check_vocabulary(tokenizer: Any, path: str | os.PathLike[str], role: str) -> None:
-    try:
-        other = load_tokenizer(path)
-    except (OSError, ValueError):
-        logger.warning(
-            "%s has no tokenizer at %s: its token ids are taken for the base's", role, path
-        )
-        return
-    size = max(len(tokenizer), len(other))
-    check_same_vocabulary(tokenizer, other, size, size, other_name=role)
-
-
 def _or_minus_one(value: int | None) -> int:
     return -1 if value is None else value
-
-
-def _available_memory() -> int:
-    """Bytes that can be had without swapping."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

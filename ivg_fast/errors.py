@@ -29,6 +29,10 @@ class InvalidParameterError(IVGError, ValueError):
         super().__init__(f"{parameter} {requirement}, got {value!r}")
         self.parameter = parameter
         self.value = value
+        self._requirement = requirement
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.parameter, self.value, self._requirement)
 
 
 class VocabularyMismatchError(IVGError):

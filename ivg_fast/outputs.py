@@ -17,9 +17,10 @@ class CandidateOutput:
         text: the response, special tokens left out and cut before a stop string.
         token_ids: all sampled tokens: the end of text, or those that complete a stop string,
             included.
-        score: by the scorer, of the whole response; 0.0 with scorer "none".
+        score: by the scorer, of the whole response; of what stood at the last selection where an
+            abort or a deadline came between two; 0.0 with scorer "none" or before the first one.
         implicit_reward: sum of log tuned - log untuned over `token_ids`; 0.0 where the request does
-            not use the pair.
+            not use the pair, and for tokens that a scorer which does not guide has not seen.
         cumulative_logprob: log-probability of `token_ids` under the distribution they were drawn
             from.
         base_logprob: the same under the base model at temperature 1.

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ivg_fast._C import BLOCK_SIZE
 from ivg_fast.errors import InvalidParameterError
+from ivg_fast.ops._sample_args import MIN_TEMPERATURE
 
 Guidance = Literal["none", "implicit", "explicit"]
 GUIDANCE_KINDS = ("none", "implicit", "explicit")
@@ -130,6 +131,10 @@ class SearchParams:
         _integer("min_tokens", self.min_tokens, 0)
         _number("guidance_weight", self.guidance_weight, -1e6, 1e6)
         _number("temperature", self.temperature, 0.0, 1e6)
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise InvalidParameterError(
+                "temperature", self.temperature, f"must be 0 or at least {MIN_TEMPERATURE}"
+            )
         _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _number("min_p", self.min_p, 0.0, 1.0)
         for name in ("ignore_eos", "logprobs", "score_eos_on_truncation", "dedup_finished"):
@@ -151,11 +156,12 @@ class SearchParams:
 
     def _freeze_stops(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, Iterable) or not all(isinstance(s, str) and s for s in stop):
+        for name, value in (("stop", stop), ("stop_token_ids", self.stop_token_ids)):
+            if not isinstance(value, Iterable):
+                raise InvalidParameterError(name, value, "must be a sequence")
+            object.__setattr__(self, name, tuple(value))
+        if not all(isinstance(stop, str) and stop for stop in self.stop):
             raise InvalidParameterError("stop", self.stop, "must be non-empty strings")
-        object.__setattr__(self, "stop", tuple(stop))
-        if isinstance(self.stop_token_ids, numbers.Integral):
-            raise InvalidParameterError("stop_token_ids", self.stop_token_ids, "must be a sequence")
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0)
         object.__setattr__(self, "stop_token_ids", tuple(int(t) for t in self.stop_token_ids))

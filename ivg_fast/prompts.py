@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,26 +50,27 @@ class RequestFactory:
 
     def create(
         self,
-        prompts: PromptInput | Sequence[PromptInput],
+        prompts: Sequence[PromptInput],
         params: SearchParams | Sequence[SearchParams],
         seeds: Sequence[int] | None,
     ) -> list[LiveRequest]:
-        """One request a prompt; arguments as of Engine.generate.
+        """One request a prompt; `params` and `seeds` as of Engine.generate.
 
         Raises:
             InvalidParameterError, CapacityError: about any one of them; nothing has started then.
         """
-        items = _as_list(prompts)
-        if isinstance(params, SearchParams):
-            every = [params] * len(items)
-        else:
-            every = list(params)
-            if len(every) != len(items):
-                raise InvalidParameterError("params", len(every), f"must be one, or {len(items)}")
-        if seeds is not None and len(seeds) != len(items):
-            raise InvalidParameterError("seeds", len(seeds), f"must be {len(items)}, one a prompt")
+        count = len(prompts)
+        every = [params] * count if isinstance(params, SearchParams) else params
+        if not isinstance(every, Sequence):
+            raise InvalidParameterError("params", params, "must be SearchParams, or a list of them")
+        if len(every) != count:
+            raise InvalidParameterError("params", len(every), f"must be one, or {count}")
+        if seeds is not None and not isinstance(seeds, Sequence | np.ndarray):
+            raise InvalidParameterError("seeds", seeds, "must be a list of integers")
+        if seeds is not None and len(seeds) != count:
+            raise InvalidParameterError("seeds", len(seeds), f"must be {count}, one a prompt")
         requests = []
-        for index, (prompt, p) in enumerate(zip(items, every, strict=True)):
+        for index, (prompt, p) in enumerate(zip(prompts, every, strict=True)):
             if not isinstance(p, SearchParams):
                 raise InvalidParameterError("params", p, "must be SearchParams")
             if p.pool_size > self._max_num_rows:
@@ -93,15 +94,24 @@ class RequestFactory:
         if isinstance(prompt, str):
             self._need_tokenizer("prompts", prompt)
             return prompt, self._tokenizer(prompt).input_ids
+        if isinstance(prompt, np.ndarray | torch.Tensor):
+            prompt = prompt.tolist()
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise InvalidParameterError("prompts", prompt, _WANTED)
         if len(prompt) and isinstance(prompt[0], Mapping):
             self._need_tokenizer("prompts", "chat messages")
             if getattr(self._tokenizer, "chat_template", None) is None:
                 raise InvalidParameterError(
                     "prompts", "chat messages", "need a tokenizer with a chat template"
                 )
-            text = self._tokenizer.apply_chat_template(
-                prompt, tokenize=False, add_generation_prompt=True
-            )
+            try:
+                text = self._tokenizer.apply_chat_template(
+                    prompt, tokenize=False, add_generation_prompt=True
+                )
+            except Exception as error:  # whatever the template raises
+                raise InvalidParameterError(
+                    "prompts", prompt, f"must suit the chat template ({error})"
+                ) from error
             # The template has written the special tokens already.
             return text, self._tokenizer(text, add_special_tokens=False).input_ids
         return None, [_token_id(token) for token in prompt]
@@ -124,10 +134,14 @@ class RequestFactory:
             self._need_tokenizer("stop", p.stop)
         if callable(p.scorer):
             self._need_tokenizer("scorer", p.scorer)
-        if p.score_eos_on_truncation and self._eos_id is None:
-            raise InvalidParameterError(
-                "score_eos_on_truncation", True, "needs a model with an end-of-text token"
-            )
+        if self._eos_id is None and not callable(p.scorer) and p.scorer != "none":
+            for name in ("stop", "score_eos_on_truncation"):
+                if getattr(p, name):
+                    raise InvalidParameterError(
+                        name,
+                        getattr(p, name),
+                        f"with scorer {p.scorer!r} needs a model with an end-of-text token",
+                    )
         for token in p.stop_token_ids:
             if token >= self._vocab_size:
                 raise InvalidParameterError(
@@ -135,7 +149,8 @@ class RequestFactory:
                 )
         for role, ids in request.prompt_ids.items():
             if not len(ids):
-                raise InvalidParameterError("prompts", request.prompt, "must have a token at least")
+                given = [] if request.prompt is None else request.prompt
+                raise InvalidParameterError("prompts", given, "must have a token")
             unknown = ids[(ids < 0) | (ids >= self._runners[role].vocab_size)]
             if len(unknown):
                 raise InvalidParameterError(
@@ -165,11 +180,21 @@ def derive_seed(seed: int, index: int) -> int:
     return x ^ (x >> 31)
 
 
-def _as_list(prompts: Any) -> list[Any]:
+_WANTED = "must be texts, chat messages or token ids"
+
+
+def as_prompt_list(prompts: Any) -> list[Any]:
+    """The prompts of Engine.generate as a list, a single one too.
+
+    Raises:
+        InvalidParameterError: something that is neither a prompt nor a list.
+    """
     if isinstance(prompts, str):
         return [prompts]
     if isinstance(prompts, np.ndarray | torch.Tensor):
         prompts = prompts.tolist()
+    if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping | bytes):
+        raise InvalidParameterError("prompts", prompts, _WANTED)
     items = list(prompts)
     is_one = bool(items) and (
         all(isinstance(item, Mapping) for item in items)
@@ -179,8 +204,9 @@ def _as_list(prompts: Any) -> list[Any]:
 
 
 def _token_id(token: Any) -> int:
-    if isinstance(token, bool) or not isinstance(token, int | np.integer):
-        raise InvalidParameterError("prompts", token, "must be texts, chat messages or token ids")
+    is_integer = isinstance(token, int | np.integer) and not isinstance(token, bool)
+    if not is_integer or abs(token) >= 2**63:
+        raise InvalidParameterError("prompts", token, _WANTED)
     return int(token)
 
 

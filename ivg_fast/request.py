@@ -37,7 +37,8 @@ class LiveRequest:
 
     Attributes:
         prompt_ids: int64 prompt tokens of each role that takes part.
-        stop_ids: token ids that end a candidate.
+        stop_ids: token ids that end a candidate, `eos_ids` among them.
+        eos_ids: ends of text, none if they are to be ignored.
         prompt_outputs: per role what its forward gave for the prompt's last token (logits [V], or
             the value model's hidden state [H]), from the prefill until the first tokens are drawn.
         first_scores: f64[W*K] by candidate id: the scorer's measure of the first token since the
@@ -51,6 +52,7 @@ class LiveRequest:
     prompt_ids: dict[str, NDArray[np.int64]]
     seed: int
     stop_ids: NDArray[np.int64]
+    eos_ids: frozenset[int]
     first_scores: NDArray[np.float64]
     last_values: NDArray[np.float64]
     request_id: int = -1
@@ -69,14 +71,15 @@ class LiveRequest:
         eos_ids: Sequence[int],
     ) -> LiveRequest:
         """A request whose roles all read the same prompt tokens."""
-        stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_ids))
+        ends = frozenset() if params.ignore_eos else frozenset(eos_ids)
         ids = np.asarray(token_ids, dtype=np.int64)
         request = cls(
             params=params,
             prompt=prompt,
             prompt_ids={role: ids for role in ("base", *guide_roles(params), *score_roles(params))},
             seed=seed,
-            stop_ids=np.array(sorted(stop_ids), dtype=np.int64),
+            stop_ids=np.array(sorted(ends.union(params.stop_token_ids)), dtype=np.int64),
+            eos_ids=ends,
             first_scores=np.zeros(params.pool_size),
             last_values=np.zeros(params.pool_size),
         )
@@ -129,11 +132,11 @@ class LiveRequest:
         tokens = candidate["token_ids"].tolist()
         stop_reason: str | int | None = None
         text = decode(tokenizer, tokens)
-        if candidate["finish"] == FINISH_STOP and tokens[-1] in self.params.stop_token_ids:
-            stop_reason = tokens[-1]
+        if candidate["finish"] == FINISH_STOP:
+            stop_reason = None if tokens[-1] in self.eos_ids else tokens[-1]
         elif candidate["finish"] == FINISH_STOP_TEXT:
             stop = self.params.stop[candidate["stop_index"]]
-            start = len(decode(tokenizer, tokens[:-1])) - len(stop) + 1
+            start = _settled_length(tokenizer, tokens, len(tokens) - 1) - len(stop) + 1
             text = text[: text.index(stop, max(start, 0))]
             stop_reason = stop
         wants_tokens = self.params.logprobs
@@ -183,16 +186,42 @@ def find_stop(
     # A token is a byte at least, so this window holds every stop that can end in the new tokens;
     # the tokens before it keep a tokenizer's treatment of the first piece out of the way.
     window = max(len(stop.encode()) for stop in stops) + 8
-    first = max(0, num_old - window)
-    whole = decode(tokenizer, token_ids[first:])
-    if not any(stop in whole for stop in stops):
+    first = _character_start(tokenizer, token_ids, max(0, num_old - window))
+    token_ids, num_before = token_ids[first:], num_old - first
+    whole = decode(tokenizer, token_ids)
+    # A character that is not whole yet may hide those before it: see _settled_length.
+    if not whole.endswith(_NOT_WHOLE) and not any(stop in whole for stop in stops):
         return None
-    before = decode(tokenizer, token_ids[first:num_old])
-    for end in range(num_old + 1, len(token_ids) + 1):
-        text = decode(tokenizer, token_ids[first:end])
-        if end >= min_tokens:
+    settled = _settled_length(tokenizer, token_ids, num_before)
+    for end in range(num_before + 1, len(token_ids) + 1):
+        text = decode(tokenizer, token_ids[:end])
+        if first + end >= min_tokens:
             for index, stop in enumerate(stops):
-                if text.find(stop, max(0, len(before) - len(stop) + 1)) >= 0:
-                    return end, index
-        before = text
+                if text.find(stop, max(0, settled - len(stop) + 1)) >= 0:
+                    return first + end, index
+        settled = max(settled, len(text.rstrip(_NOT_WHOLE)))
     return None
+
+
+# What a decoder writes for bytes that are no character, or not one yet.
+_NOT_WHOLE = "\ufffd"
+
+
+def _settled_length(tokenizer: Any, token_ids: Sequence[int], end: int) -> int:
+    """Characters of token_ids[:end] that further tokens will not change.
+
+    The bytes of the last character may be missing, three of them at most, and a byte-fallback
+    decoder then writes _NOT_WHOLE for each byte of the run that they stand in, whole characters
+    before them included.
+    """
+    texts = (decode(tokenizer, token_ids[:n]) for n in range(max(end - 3, 0), end + 1))
+    return max(len(text.rstrip(_NOT_WHOLE)) for text in texts)
+
+
+def _character_start(tokenizer: Any, token_ids: Sequence[int], first: int) -> int:
+    """`first`, or up to three tokens before it, so that no character is cut in two there."""
+    for start in range(first, max(first - 4, -1), -1):
+        starts = (decode(tokenizer, token_ids[start : start + n]) for n in range(1, 5))
+        if any(_NOT_WHOLE not in text for text in starts):
+            return start
+    return first

@@ -5,6 +5,7 @@ the roles that only score, the sums in hand of roles that guide, or a callable."
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -73,13 +74,17 @@ class ChunkScorer:
             elif len(rows):
                 rewards = np.zeros((len(scores), plan.max_new_tokens), np.float32)
                 scores[rows] = self._by_pair(plan, requests, rows, rewards)
-        begin = 0
-        for request, num_rows in zip(requests, plan.num_rows.tolist(), strict=True):
-            mine = slice(begin, begin + num_rows)
-            begin += num_rows
+        ends = np.cumsum(plan.num_rows).tolist()
+        slices = [slice(*pair) for pair in pairwise([0, *ends])]
+        # All texts are taken before any scorer runs: a scorer may abort requests.
+        inputs = [
+            self._inputs(plan, request, mine, history) if callable(request.params.scorer) else []
+            for request, mine in zip(requests, slices, strict=True)
+        ]
+        for request, mine, texts in zip(requests, slices, inputs, strict=True):
             try:
                 if callable(request.params.scorer):
-                    scores[mine] = self._by_callable(plan, request, mine, history)
+                    scores[mine] = call_scorer(request.params.scorer, texts)
                 elif not np.isfinite(scores[mine]).all():
                     raise ScorerError(
                         f"scorer {request.params.scorer!r} must give finite scores, got "
@@ -156,9 +161,10 @@ class ChunkScorer:
         rewards[rows[of_row[~is_eos]], index[~is_eos]] = measured[~is_eos]
         return scores + np.bincount(of_row, measured, len(rows))
 
-    def _by_callable(
+    def _inputs(
         self, plan: Any, request: LiveRequest, rows: slice, history: History
-    ) -> Floats:
+    ) -> list[ScoreInput]:
+        """What a callable sees of the rows."""
         prompt = request.prompt
         if prompt is None:
             prompt = decode(self._tokenizer, request.prompt_ids["base"].tolist())
@@ -168,8 +174,7 @@ class ChunkScorer:
             tokens = history(request.request_id, candidate).tolist()
             text = decode(self._tokenizer, tokens)
             inputs.append(ScoreInput(prompt, text, tuple(tokens), reason != FINISH_NONE))
-        scorer: Any = request.params.scorer
-        return call_scorer(scorer, inputs)
+        return inputs
 
     def _extend(
         self,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -57,6 +58,12 @@ def engine(models) -> Iterator[Engine]:
         ([5, 97], "prompts"),
         ([5, -1], "prompts"),
         ([5, 1.5], "prompts"),
+        ([5, 2**70], "prompts"),
+        ([], "prompts"),
+        (None, "prompts"),
+        (5, "prompts"),
+        (b"bytes", "prompts"),
+        ({"role": "user", "content": "one message is no list of them"}, "prompts"),
         ([{"role": "user", "content": "hi"}], "prompts"),  # this tokenizer has no chat template
     ],
 )
@@ -93,6 +100,7 @@ def test_a_pool_too_small_for_the_request(engine: Engine) -> None:
         {"max_tokens": 10**10},
         {"temperature": -0.1},
         {"temperature": math.nan},
+        {"temperature": 1e-30},
         {"top_p": 0.0},
         {"min_p": 1.5},
         {"top_k": 2.5},
@@ -102,7 +110,9 @@ def test_a_pool_too_small_for_the_request(engine: Engine) -> None:
         {"scorer": "explicit"},
         {"n": 2},
         {"stop": [""]},
+        {"stop": None},
         {"stop_token_ids": [97]},
+        {"stop_token_ids": None},
         {"min_tokens": 13},
         {"seed": 2**64},
         {"scorer": "none", "beam_width": 2, "chunk_length": 3},  # nothing to select by
@@ -122,10 +132,31 @@ def test_bad_params(engine: Engine, fields: dict) -> None:
 def test_lists_of_another_length(engine: Engine) -> None:
     with pytest.raises(InvalidParameterError, match="params must be one, or 2, got 3"):
         engine.generate(["a", "b"], [PARAMS] * 3)
+    with pytest.raises(InvalidParameterError, match=r"params must be SearchParams, .* got None"):
+        engine.generate(["a", "b"], None)
+    with pytest.raises(InvalidParameterError, match="seeds must be a list of integers, got 1"):
+        engine.generate(["a", "b"], PARAMS, seeds=1)
     with pytest.raises(InvalidParameterError, match="seeds must be 2"):
         engine.generate(["a", "b"], PARAMS, seeds=[1])
     with pytest.raises(InvalidParameterError, match=r"seeds must be integers .*, got -1"):
         engine.generate(["a", "b"], PARAMS, seeds=[1, -1])
+
+
+@pytest.mark.parametrize("prompts", [None, 5, b"bytes", {"role": "user", "content": "hi"}])
+def test_what_is_no_prompt_at_all(engine: Engine, prompts) -> None:
+    with pytest.raises(InvalidParameterError, match="prompts must be texts, chat messages or"):
+        engine.generate(prompts, PARAMS)
+
+
+def test_errors_cross_processes() -> None:
+    error = InvalidParameterError("seed", -1, "must be positive")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), copy.parameter, copy.value) == (str(error), "seed", -1)
+
+
+def test_stops_of_an_iterator_are_kept() -> None:
+    params = SearchParams(max_tokens=3, stop=iter(["a", "b"]), stop_token_ids=iter([7]))
+    assert (params.stop, params.stop_token_ids) == (("a", "b"), (7,))
 
 
 def _run_beside(engine: Engine, params: SearchParams) -> tuple[Exception, RequestOutput]:
@@ -227,6 +258,16 @@ def test_a_forward_that_raises_at_any_call(poisoned) -> None:
     assert _same(engine.generate("hello", NEIGHBOUR)[0], alone)
 
 
+def test_a_forward_that_raises_loses_no_finished_output(poisoned) -> None:
+    engine, state = poisoned
+    brief = SearchParams(max_tokens=2, ignore_eos=True)
+    state.update(calls=0, raise_at=20)
+    with pytest.raises(RuntimeError, match="planted failure") as caught:
+        engine.generate(["a", "b"], [brief, SearchParams(max_tokens=40, ignore_eos=True)])
+    assert len(caught.value.outputs[0].outputs[0].token_ids) == 2
+    assert caught.value.outputs[1] is None
+
+
 def test_an_interrupt_leaves_the_engine_whole(poisoned) -> None:
     engine, state = poisoned
     alone = engine.generate("hello", NEIGHBOUR)[0]
@@ -282,6 +323,10 @@ def test_abort_and_deadline(engine: Engine) -> None:
 
 def test_models_that_do_not_fit_together(models) -> None:
     base = models["base_model"]
+    with pytest.raises(InvalidParameterError, match=r"base must be a torch module; .* got 'gpt2'"):
+        Engine("gpt2")
+    with pytest.raises(InvalidParameterError, match="config must be an EngineConfig"):
+        Engine(base, config={"num_blocks": 3})
     with pytest.raises(InvalidParameterError, match="untuned must be given too"):
         Engine(base, tuned=models["tuned"])
     with pytest.raises(UnsupportedModelError, match="value must be a ValueHeadModel"):

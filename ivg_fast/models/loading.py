@@ -57,8 +57,17 @@ def load_model(
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
-    """The tokenizer of a folder or hub repository, without remote code."""
-    return AutoTokenizer.from_pretrained(os.fspath(path), trust_remote_code=False)
+    """The tokenizer of a folder or hub repository, without remote code.
+
+    Raises:
+        InvalidParameterError: there is none that transformers can load.
+        OSError: nothing there at all.
+    """
+    name = os.fspath(path)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except ValueError as error:
+        raise InvalidParameterError("tokenizer", name, "must be loadable") from error
 
 
 def checked_dtype(dtype: torch.dtype | str) -> torch.dtype | Literal["auto"]:

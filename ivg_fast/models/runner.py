@@ -175,6 +175,8 @@ class ModelRunner:
         self.use_attention(self.stock_attention)
 
     def _call(self, batch: ForwardBatch, **kwargs: Any) -> Any:
+        if self.config._attn_implementation != ATTENTION_NAME:  # one that shares it has closed
+            self.use_attention(ATTENTION_NAME)
         return self._network(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,

@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import Any
 
 from ivg_fast.errors import InvalidParameterError, VocabularyMismatchError
+from ivg_fast.models.loading import load_tokenizer
+
+logger = logging.getLogger("ivg_fast")
 
 
 def check_same_vocabulary(
@@ -62,6 +67,19 @@ def check_same_vocabulary(
             f"ids of {other_name}"
         )
     return size
+
+
+def check_tokenizer(base_tokenizer: Any, path: str | os.PathLike[str], role: str) -> None:
+    """Like `check_same_vocabulary`, for the tokenizer of a checkpoint; without one it warns."""
+    try:
+        other = load_tokenizer(path)
+    except (OSError, ValueError):
+        logger.warning(
+            "%s has no tokenizer at %s: its token ids are taken for the base's", role, path
+        )
+        return
+    size = max(len(base_tokenizer), len(other))
+    check_same_vocabulary(base_tokenizer, other, size, size, other_name=role)
 
 
 def _pieces(tokenizer: Any) -> tuple[dict[int, str], set[int]]:

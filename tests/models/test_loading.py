@@ -155,3 +155,10 @@ def test_value_head_fits_its_backbone() -> None:
         ValueHeadModel(backbone, torch.nn.Linear(31, 97, bias=False))
     with pytest.raises(InvalidParameterError, match="bias"):
         ValueHeadModel(backbone, torch.nn.Linear(32, 97))
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(InvalidParameterError, match="tokenizer must be loadable") as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value)

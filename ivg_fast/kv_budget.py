@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many KV blocks an engine takes where nobody has said."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from ivg_fast import _C
+from ivg_fast.errors import CapacityError
+from ivg_fast.models.runner import ModelRunner
+from ivg_fast.params import EngineConfig
+
+
+def affordable_blocks(runners: Sequence[ModelRunner], config: EngineConfig) -> int:
+    """As many blocks as `kv_memory_fraction` of the free memory holds in the pools of all roles,
+    but no more than `max_num_rows` rows could fill.
+
+    Raises:
+        CapacityError: not even one.
+    """
+    block_bytes = sum(runner.bytes_per_block for runner in runners)
+    budget = int(config.kv_memory_fraction * _available_memory())
+    num_blocks = min(budget // block_bytes, 2**31 // _C.BLOCK_SIZE - 1)  # slots are int32
+    limits = [runner.max_position for runner in runners if runner.max_position is not None]
+    if limits:
+        # A prompt and a response round up to whole blocks each.
+        num_blocks = min(num_blocks, config.max_num_rows * (min(limits) // _C.BLOCK_SIZE + 2))
+    if num_blocks < 1:
+        raise CapacityError(
+            f"kv_memory_fraction {config.kv_memory_fraction} of the free memory is {budget} bytes, "
+            f"a KV block of all roles takes {block_bytes}"
+        )
+    return num_blocks
+
+
+def _available_memory() -> int:
+    """Bytes that can be had without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Preference data: sample responses from a model, reward them, draw Bradley-Terry pairs."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ivg_fast.errors import InvalidParameterError
+from ivg_fast.training import common
+from ivg_fast.training.records import Record, TrainingDataError, check_records, write_jsonl
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Reward = Callable[[Sequence[str]], Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceConfig:
+    """Settings of `sample_preferences`.
+
+    Each prompt gets `num_samples` responses. Pairs whose rewards differ by less than
+    `min_reward_gap` are left out: the draw of their winner is mostly noise.
+    """
+
+    output_dir: str
+    num_samples: int = 2
+    max_new_tokens: int = 50
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    ignore_eos: bool = False
+    min_reward_gap: float = 0.0
+    batch_size: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InvalidParameterError(name, getattr(self, name), "must be >= 1")
+        if not 0 <= self.min_reward_gap < math.inf:
+            raise InvalidParameterError("min_reward_gap", self.min_reward_gap, "must be >= 0")
+        if not 0 < self.temperature < math.inf:
+            raise InvalidParameterError(
+                "temperature", self.temperature, "must be positive and finite"
+            )
+
+
+def sample_responses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    config: PreferenceConfig,
+    seed: int,
+) -> list[str]:
+    """One sampled response a prompt, in one batch of plain `generate`, left-padded."""
+    import torch
+
+    encoded = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
+    num_prompt_tokens = encoded["input_ids"].shape[1]
+    torch.manual_seed(seed)
+    with torch.inference_mode():
+        rows = model.generate(
+            input_ids=encoded["input_ids"].to(model.device),
+            attention_mask=encoded["attention_mask"].to(model.device),
+            do_sample=True,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            max_new_tokens=config.max_new_tokens,
+            eos_token_id=None if config.ignore_eos else tokenizer.eos_token_id,
+            suppress_tokens=[tokenizer.eos_token_id] if config.ignore_eos else None,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return tokenizer.batch_decode(rows[:, num_prompt_tokens:], skip_special_tokens=True)
+
+
+def bradley_terry_pairs(
+    records: Sequence[Record], seed: int, min_reward_gap: float = 0.0
+) -> list[Record]:
+    """Pairs of neighbouring responses to the same prompt, the winner drawn from their rewards.
+
+    P(a preferred to b) = sigmoid(reward_a - reward_b). Identical responses make no pair, nor do
+    those whose rewards differ by less than `min_reward_gap`.
+    """
+    rng = random.Random(seed)
+    by_prompt: dict[str, list[Record]] = {}
+    for record in records:
+        by_prompt.setdefault(record["prompt"], []).append(record)
+    pairs = []
+    for prompt, samples in by_prompt.items():
+        for first, second in zip(samples[::2], samples[1::2], strict=False):
+            difference = max(-60.0, min(60.0, first["reward"] - second["reward"]))
+            first_wins = rng.random() < 1 / (1 + math.exp(-difference))
+            is_close = abs(first["reward"] - second["reward"]) < min_reward_gap
+            if is_close or first["response"] == second["response"]:
+                continue
+            won, lost = (first, second) if first_wins else (second, first)
+            pairs.append(
+                {
+                    "prompt": prompt,
+                    "chosen": won["response"],
+                    "rejected": lost["response"],
+                    "chosen_reward": won["reward"],
+                    "rejected_reward": lost["reward"],
+                }
+            )
+    return pairs
+
+
+def sample_preferences(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    reward: Reward,
+    config: PreferenceConfig,
+) -> dict[str, Any]:
+    """Write `samples.jsonl` and `pairs.jsonl` to `config.output_dir`; return the metrics.
+
+    The reward sees prompt + response. Responses that are empty are dropped. Every batch has its
+    own seed and is written at once, so an interrupted run resumes at the batch it was in.
+    """
+    from tqdm import tqdm
+
+    common.check_tokenizer(tokenizer)
+    check_records([{"prompt": p} for p in prompts], {"prompt": str}, "prompts")
+    inputs = {"num_prompts": len(prompts), "model": model.name_or_path}
+    folder = common.open_run("preferences", config, inputs)
+    jobs = [prompt for prompt in prompts for _ in range(config.num_samples)]
+    file = folder / "batches.jsonl"
+    batches: list[list[Record]] = []
+    if file.exists():
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # a torn last line is redone
+        batches = [json.loads(line) for line in lines]
+        file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    start = time.monotonic()
+    starts = range(0, len(jobs), config.batch_size)
+    model.eval()
+    with file.open("a", encoding="utf-8") as handle:
+        for i in tqdm(
+            range(len(batches), len(starts)),
+            "sampling",
+            disable=not sys.stderr.isatty(),
+        ):
+            batch = jobs[starts[i] : starts[i] + config.batch_size]
+            responses = sample_responses(model, tokenizer, batch, config, (config.seed << 20) + i)
+            texts = [p + r for p, r in zip(batch, responses, strict=True)]
+            rewards = [float(value) for value in reward(texts)]
+            if len(rewards) != len(texts):
+                raise TrainingDataError(
+                    f"reward returned {len(rewards)} values for {len(texts)} texts"
+                )
+            records = [
+                {"prompt": p, "response": r, "reward": v}
+                for p, r, v in zip(batch, responses, rewards, strict=True)
+                if r
+            ]
+            check_records(records, {"reward": float}, f"rewards of batch {i}")
+            batches.append(records)
+            handle.write(json.dumps(records, ensure_ascii=False) + "\n")
+            handle.flush()
+    samples = [record for records in batches for record in records]
+    pairs = bradley_terry_pairs(samples, config.seed, config.min_reward_gap)
+    write_jsonl(folder / "samples.jsonl", samples)
+    write_jsonl(folder / "pairs.jsonl", pairs)
+    return common.write_metrics(
+        folder,
+        {
+            "num_samples": len(samples),
+            "num_pairs": len(pairs),
+            "mean_reward": sum(r["reward"] for r in samples) / max(1, len(samples)),
+            "minutes": (time.monotonic() - start) / 60,
+        },
+    )

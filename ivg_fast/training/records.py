@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JSON lines in and out, checked before any training starts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ivg_fast.errors import IVGError
+
+Record = dict[str, Any]
+
+SAMPLE_COLUMNS = {"prompt": str, "response": str, "reward": float}
+PAIR_COLUMNS = {"prompt": str, "chosen": str, "rejected": str}
+
+
+class TrainingDataError(IVGError, ValueError):
+    """A training file that cannot be used; the message names the file, the line and the column."""
+
+
+def check_records(
+    records: Sequence[Mapping[str, Any]], columns: Mapping[str, type], source: str = "records"
+) -> None:
+    """Raise TrainingDataError unless each record has each column, of its type, numbers finite."""
+    if not records:
+        raise TrainingDataError(f"{source} is empty")
+    for number, record in enumerate(records, 1):
+        for name, kind in columns.items():
+            if name not in record:
+                raise TrainingDataError(
+                    f"{source}, record {number}: missing column {name!r}, found {sorted(record)}"
+                )
+            value = record[name]
+            if kind is float:
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                if not is_number or not math.isfinite(value):
+                    raise TrainingDataError(
+                        f"{source}, record {number}: {name} must be a finite number, got {value!r}"
+                    )
+            elif not isinstance(value, kind):
+                raise TrainingDataError(
+                    f"{source}, record {number}: {name} must be {kind.__name__}, got {value!r}"
+                )
+            elif kind is str and not value:
+                raise TrainingDataError(f"{source}, record {number}: {name} is an empty string")
+
+
+def read_jsonl(path: str | Path, columns: Mapping[str, type]) -> list[Record]:
+    """Records of a JSON lines file (blank lines skipped), each checked against `columns`."""
+    file = Path(path)
+    if not file.is_file():
+        raise TrainingDataError(f"no such file: {file}")
+    records = []
+    with file.open(encoding="utf-8") as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise TrainingDataError(f"{file}, line {number}: not JSON ({error})") from error
+            if not isinstance(record, dict):
+                raise TrainingDataError(f"{file}, line {number}: not a JSON object")
+            records.append(record)
+    check_records(records, columns, str(file))
+    return records
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """Texts of a JSON lines file: column "text", or "prompt" and "response" joined."""
+    records = read_jsonl(path, {})
+    if "text" in records[0]:
+        check_records(records, {"text": str}, str(path))
+        return [record["text"] for record in records]
+    check_records(records, {"prompt": str, "response": str}, str(path))
+    return [record["prompt"] + record["response"] for record in records]
+
+
+def write_jsonl(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
+    with Path(path).open("w", encoding="utf-8") as handle:
+        for record in records:
+            handle.write(json.dumps(record, ensure_ascii=False) + "\n")

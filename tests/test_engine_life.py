@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines that are closed, share modules, are interrupted, or called by their own scorers."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from tiny_models import tiny_model, tiny_tokenizer
+
+from ivg_fast import Engine, EngineConfig, IVGError, ScorerError, SearchParams
+
+CONFIG = EngineConfig(num_blocks=80)
+PARAMS = SearchParams(max_tokens=9, seed=3)
+
+
+def chunked(scorer, **options) -> SearchParams:
+    fields = {"max_tokens": 9, "beam_width": 2, "num_candidates": 2, "chunk_length": 3, "seed": 5}
+    return SearchParams.cbs(scorer=scorer, **{**fields, **options})
+
+
+def zeros(inputs) -> list[float]:
+    return [0.0] * len(inputs)
+
+
+@pytest.fixture
+def engine():
+    with Engine(tiny_model("gpt2", seed=1), tiny_tokenizer(), config=CONFIG) as engine:
+        yield engine
+        engine.check_integrity()
+        assert engine.stats()["num_blocks_used"] == 0
+        assert not engine.has_unfinished
+
+
+def test_a_closed_engine_refuses_and_holds_no_pools() -> None:
+    engine = Engine(tiny_model("gpt2", seed=1), tiny_tokenizer(), config=CONFIG)
+    engine.generate("abc", PARAMS)
+    pools = [weakref.ref(pool) for runner in engine._runners.values() for pool in runner.pools]
+    assert all(pool() is not None for pool in pools)
+    engine.close()
+    engine.close()
+    gc.collect()
+    assert all(pool() is None for pool in pools)
+    for call in (
+        lambda: engine.generate("abc", PARAMS),
+        lambda: engine.add_request("abc", PARAMS),
+        engine.step,
+    ):
+        with pytest.raises(IVGError, match="the engine is closed"):
+            call()
+
+
+def test_engines_that_share_a_module() -> None:
+    model = tiny_model("gpt2", seed=1)
+    stock = model.config._attn_implementation
+    first = Engine(model, tiny_tokenizer(), config=CONFIG)
+    second = Engine(model, tiny_tokenizer(), config=CONFIG)
+    (expected,) = second.generate("abc", PARAMS)
+    second.close()
+    assert first.generate("abc", PARAMS)[0].outputs == expected.outputs
+    first.close()
+    assert model.config._attn_implementation == stock
+
+
+def test_roles_that_share_a_module_give_its_attention_back() -> None:
+    model = tiny_model("gpt2", seed=1)
+    stock = model.config._attn_implementation
+    Engine(model, tuned=model, untuned=model, config=CONFIG).close()
+    assert model.config._attn_implementation == stock
+
+
+def test_a_scorer_cannot_run_its_own_engine(engine: Engine) -> None:
+    def asks(inputs):
+        return [len(engine.generate(i.response, PARAMS)) for i in inputs]
+
+    with pytest.raises(ScorerError, match="cannot run the engine that waits for its scores") as e:
+        engine.generate(["abc", "abc", "abc"], [chunked(asks), PARAMS, chunked(zeros)])
+    assert e.value.outputs[0] is None
+    assert all(output is not None for output in e.value.outputs[1:])
+
+
+def test_a_scorer_may_abort_requests(engine: Engine) -> None:
+    ids: list[int] = []
+
+    def aborts(inputs):
+        engine.abort(ids[1])
+        return zeros(inputs)
+
+    ids += [engine.add_request("abc", chunked(scorer)) for scorer in (aborts, zeros)]
+    ended = {}
+    while engine.has_unfinished:
+        ended.update(engine.step())
+    reasons = [ended[i].outputs[0].finish_reason for i in ids]
+    assert reasons[1] == "abort"
+    assert reasons[0] in ("length", "stop")
+
+
+def test_has_unfinished_until_everything_is_returned(engine: Engine) -> None:
+    request = engine.add_request("abc", PARAMS)
+    engine.abort(request)
+    assert engine.has_unfinished
+    assert [ended for ended, _ in engine.step()] == [request]
+    assert not engine.has_unfinished
+
+
+def test_an_interrupted_generate_leaves_nothing_for_step(engine: Engine) -> None:
+    def interrupts(inputs):
+        raise KeyboardInterrupt
+
+    other = engine.add_request("abc", SearchParams(max_tokens=40, seed=3))
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(["abc", "abc"], chunked(interrupts))
+    ended = []
+    while engine.has_unfinished:
+        ended += [request for request, _ in engine.step()]
+    assert ended == [other]
+
+
+def test_a_text_that_cannot_be_decoded_fails_its_request_alone(engine: Engine, monkeypatch) -> None:
+    decode = engine.tokenizer.decode
+
+    def fails_on_short(tokens, **options):
+        if len(tokens) == 2:
+            raise UnicodeError("planted failure")
+        return decode(tokens, **options)
+
+    monkeypatch.setattr(engine.tokenizer, "decode", fails_on_short)
+    short = SearchParams(max_tokens=2, ignore_eos=True)
+    ids = [engine.add_request([1, 2], params) for params in (PARAMS, short, PARAMS)]
+    ended = {}
+    while engine.has_unfinished:
+        ended.update(engine.step())
+    assert isinstance(ended[ids[1]], UnicodeError)
+    assert all(ended[i].outputs[0].text for i in (ids[0], ids[2]))
+
+
+def test_ends_of_text_past_the_shared_ids() -> None:
+    """The base has 104 ids and ends its texts by two, of which its guides know one."""
+    base = tiny_model("llama", vocab_size=104)
+    base.generation_config.eos_token_id = [103, 96]
+    guides = {role: tiny_model("gpt2", seed=i) for i, role in enumerate(("tuned", "untuned"), 2)}
+    params = chunked("implicit", min_tokens=5, score_eos_on_truncation=True)
+    with Engine(base, **guides, config=CONFIG) as engine:
+        (output,) = engine.generate([[1, 2]], params)
+    assert len(output.outputs[0].token_ids) >= 5
+    base.generation_config.eos_token_id = [103]
+    with pytest.raises(IVGError, match=r"token ids \[103\], which end a text"):
+        Engine(base, **guides, config=CONFIG)
+
+
+@pytest.mark.parametrize("option", ["stop", "score_eos_on_truncation"])
+def test_scoring_an_end_of_text_that_no_model_has(option: str) -> None:
+    models = [tiny_model("gpt2", seed=i, eos_token_id=None) for i in range(3)]
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with Engine(models[0], tokenizer, tuned=models[1], untuned=models[2], config=CONFIG) as engine:
+        value = "a" if option == "stop" else True
+        with pytest.raises(IVGError, match=f"{option} with scorer 'implicit' needs a model with"):
+            engine.generate("abc", chunked("implicit", **{option: value}))
+        assert engine.generate("abc", chunked(zeros, **{option: value}))
+
+
+def test_prompts_in_every_form(engine: Engine) -> None:
+    ids = [65, 66]
+    (wanted,) = engine.generate([ids], PARAMS)
+    tensor = torch.tensor(ids)
+    for form in (ids, tuple(ids), tensor, tensor.numpy(), [tensor], tensor[None], [tensor.numpy()]):
+        (output,) = engine.generate(form, PARAMS)
+        assert output.outputs == wanted.outputs
+    assert engine.generate("ab", PARAMS)[0].outputs == wanted.outputs
+    assert engine.generate([], PARAMS) == []
+    engine.add_request(tensor, PARAMS)
+    assert engine.step()[0][1].outputs == wanted.outputs

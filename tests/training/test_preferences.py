@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from ivg_fast.errors import InvalidParameterError
+from ivg_fast.training import preferences
+from ivg_fast.training.preferences import (
+    PreferenceConfig,
+    bradley_terry_pairs,
+    sample_preferences,
+    sample_responses,
+)
+from ivg_fast.training.records import TrainingDataError
+
+
+def length_reward(texts):
+    return [float(len(text)) for text in texts]
+
+
+@pytest.mark.parametrize("difference", [0.0, 0.7, 2.0])
+def test_winners_are_bradley_terry(difference):
+    n = 4000
+    records = [
+        {"prompt": f"{i}", "response": name, "reward": reward}
+        for i in range(n)
+        for name, reward in (("a", difference), ("b", 0.0))
+    ]
+    wins = sum(pair["chosen"] == "a" for pair in bradley_terry_pairs(records, 1))
+    expected = 1 / (1 + math.exp(-difference))
+    sigma = math.sqrt(n * expected * (1 - expected))
+    assert abs(wins - n * expected) < 5 * sigma
+    if difference:  # control: labelling by order alone would be far outside
+        assert abs(n - n * expected) > 5 * sigma
+
+
+def test_equal_responses_make_no_pair():
+    records = [{"prompt": "p", "response": "a", "reward": 1.0}] * 2
+    assert bradley_terry_pairs(records, 0) == []
+
+
+def test_close_pairs_are_left_out():
+    records = [
+        {"prompt": f"{i}", "response": name, "reward": reward}
+        for i in range(30)
+        for name, reward in (("a", i / 10), ("b", 0.0))
+    ]
+    everything = bradley_terry_pairs(records, 0)
+    kept = bradley_terry_pairs(records, 0, min_reward_gap=1.5)
+    assert kept == [pair for pair in everything if float(pair["prompt"]) / 10 >= 1.5]
+
+
+def test_padding_does_not_change_greedy_text(tokenizer, tiny_model):
+    prompts = ["the film", "the film was great but very boring scene and plot"]
+    config = PreferenceConfig("unused", max_new_tokens=6, temperature=1e-4, ignore_eos=True)
+    together = sample_responses(tiny_model, tokenizer, prompts, config, 0)
+    alone = [sample_responses(tiny_model, tokenizer, [p], config, 0)[0] for p in prompts]
+    assert together == alone
+
+
+def test_ignore_eos_gives_full_length(tokenizer, tiny_model):
+    tiny_model.transformer.ln_f.bias.data.zero_()
+    tiny_model.lm_head.weight.data[tokenizer.eos_token_id] *= 50
+    config = PreferenceConfig("unused", max_new_tokens=9, ignore_eos=True)
+    (text,) = sample_responses(tiny_model, tokenizer, ["the film"], config, 0)
+    assert tokenizer.eos_token not in text
+
+
+def test_interrupted_sampling_resumes_to_the_same_data(
+    tokenizer, model_folder, tmp_path, monkeypatch
+):
+    from ivg_fast.training import common
+
+    model = common.load_model(model_folder)
+    prompts = [f"the film {i}" for i in range(10)]
+
+    def run(name):
+        config = PreferenceConfig(str(tmp_path / name), max_new_tokens=5, batch_size=4)
+        return sample_preferences(model, tokenizer, prompts, length_reward, config)
+
+    metrics = run("whole")
+    assert metrics["num_samples"] <= 20
+    original = preferences.sample_responses
+    calls = []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(preferences, "sample_responses", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run("cut")
+    with (tmp_path / "cut" / "batches.jsonl").open("a") as handle:
+        handle.write('[{"prompt": "torn')
+    run("cut")
+    assert len(calls) == 3 + 3  # the first two batches were not sampled again
+    for name in ("samples.jsonl", "pairs.jsonl"):
+        assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def test_bad_input(tokenizer, tiny_model, tmp_path):
+    with pytest.raises(InvalidParameterError, match="temperature"):
+        PreferenceConfig("x", temperature=0.0)
+    with pytest.raises(InvalidParameterError, match="num_samples"):
+        PreferenceConfig("x", num_samples=0)
+    config = PreferenceConfig(str(tmp_path / "run"), max_new_tokens=2)
+    with pytest.raises(TrainingDataError, match="prompts is empty"):
+        sample_preferences(tiny_model, tokenizer, [], length_reward, config)
+
+    def nan_reward(texts):
+        return [float("nan")] * len(texts)
+
+    with pytest.raises(TrainingDataError, match="nan"):
+        sample_preferences(tiny_model, tokenizer, ["the"], nan_reward, config)
