@@ -118,6 +118,7 @@ Block read_block(const Group& g, int64_t j, Buffers* buffers) {
 void measure_block(const Group& g, int64_t j) {
   Buffers buffers;
   const Block block = read_block(g, j, &buffers);
+  const LogitRows* sources[3] = {&g.args->base, &g.args->tuned, &g.args->untuned};
   const float* x[4] = {block.z, block.input[0], block.input[1], block.input[2]};
   // All maxima before all sums: the ends of their dependency chains then overlap.
   for (int q = 0; q < 4; ++q) {
@@ -130,7 +131,9 @@ void measure_block(const Group& g, int64_t j) {
   const bool is_same = block.is_base && scale == kLog2e;
   for (int q = is_same ? kBase : kZ; q < 4; ++q) {
     if (x[q] == nullptr) continue;
-    g.sums(q)[j] = sum_exp2(x[q], block.padded, g.maxima(q)[j], q == kZ ? scale : kLog2e);
+    const char* ahead =
+        q == kZ ? nullptr : address(*sources[q - 1], g.params->row, (j + 1) * kVocabBlock);
+    g.sums(q)[j] = sum_exp2(x[q], block.padded, g.maxima(q)[j], q == kZ ? scale : kLog2e, ahead);
   }
   if (is_same) g.sums(kZ)[j] = g.sums(kBase)[j];
   if (g.filter != nullptr) {
@@ -351,7 +354,8 @@ void finish_group(const Group& g) {
 
 void IVG_KERNEL(guided_sample)(const GuidedSampleArgs& a) {
   const int64_t blocks = num_blocks(a.vocab_size);
-  const int threads = useful_threads(a.num_groups * a.vocab_size, a.num_threads);
+  const int64_t num_tensors = 1 + (a.tuned.data != nullptr) + (a.untuned.data != nullptr);
+  const int threads = useful_threads(a.num_groups * a.vocab_size * num_tensors, a.num_threads);
   // A worker that keeps z of whole rows in its cache takes whole rows, unless they are too few.
   if (a.has_filters && a.num_groups >= threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)

@@ -45,6 +45,13 @@ inline float logit_at(const LogitRows& x, int64_t row, int64_t i) {
   return x.dtype == DType::kBFloat16 ? bf16_to_float(half) : fp16_to_float(half);
 }
 
+// Where an entry lies, and the bytes an entry takes. The address may be past the end of the row.
+inline const char* address(const LogitRows& x, int64_t row, int64_t i) {
+  const int64_t size = x.dtype == DType::kFloat32 ? 4 : 2;
+  return reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(x.data) +
+                                       static_cast<uintptr_t>((row * x.row_stride + i) * size));
+}
+
 // `size` entries of a row from `begin` as floats, followed by -inf up to a multiple of kStep: where
 // they lie, or in `buffer` if they must be converted or padded.
 inline const float* load_block(const LogitRows& x, int64_t row, int64_t begin, int64_t size,
@@ -72,24 +79,25 @@ inline const float* load_block(const LogitRows& x, int64_t row, int64_t begin, i
   return buffer;
 }
 
-// 2^x for x <= 127: relative error below 3 * 2^-24, exact at integers; 0 for x <= -127 and for
-// -inf; NaN for NaN and +inf. The polynomial is the minimax one of degree 5 on [-1/2, 1/2] with
-// constant 1.
+// 2^x for x <= 127: relative error below 3 * 2^-24, exact at integers; 0 for x <= -150 (or already
+// from -127 on) and for -inf; NaN for NaN and +inf. The polynomial is the minimax one of degree 5
+// on
+// [-1/2, 1/2] with constant 1.
 //
 // N vectors in lockstep: one after another, their dependency chains would fill the schedulers.
 template <int N>
 inline void vexp2(VecF (&x)[N]) {
   VecF n[N];
   VecF p[N];
-  // max returns its second operand where one is NaN; from -127 on the exponent's bits are those of
-  // 0.
-  for (int k = 0; k < N; ++k) x[k] = vmax(splat(-127.0f), x[k]);
+  // vmax returns its second operand where one is NaN.
 #if defined(IVG_ISA_avx512)
+  for (int k = 0; k < N; ++k) x[k] = vmax(splat(-160.0f), x[k]);
   for (int k = 0; k < N; ++k) {
     n[k] = (VecF)_mm512_maskz_roundscale_ps(0xffff, (__m512)x[k], 0);
   }
 #else
   const VecF magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  for (int k = 0; k < N; ++k) x[k] = vmax(splat(-127.0f), x[k]);
   for (int k = 0; k < N; ++k) n[k] = (x[k] + magic) - magic;
 #endif
   for (int k = 0; k < N; ++k) x[k] -= n[k];
@@ -98,11 +106,18 @@ inline void vexp2(VecF (&x)[N]) {
   for (int k = 0; k < N; ++k) p[k] = p[k] * x[k] + 0x1.ebf9c2p-3f;
   for (int k = 0; k < N; ++k) p[k] = p[k] * x[k] + 0x1.62e42ap-1f;
   for (int k = 0; k < N; ++k) p[k] = p[k] * x[k] + 1.0f;
-  // A NaN has n = NaN, whose integer has no bits but the highest: it stays as it is.
+#if defined(IVG_ISA_avx512)
+  for (int k = 0; k < N; ++k) {
+    x[k] = (VecF)_mm512_maskz_scalef_ps(0xffff, (__m512)p[k], (__m512)n[k]);
+  }
+#else
+  // At -127 the sum of the exponents has the bits of 0. A NaN has n = NaN, whose integer has no
+  // bits but the highest: it stays as it is.
   VecI bits[N];
   memcpy(bits, p, sizeof bits);
   for (int k = 0; k < N; ++k) bits[k] += __builtin_convertvector(n[k], VecI) << 23;
   memcpy(x, bits, sizeof bits);
+#endif
 }
 
 inline VecF vexp2(VecF x) {
@@ -131,12 +146,18 @@ inline VecF lane_maxima(const float* x, int64_t padded) {
   return vmax(vmax(top[0], top[1]), vmax(top[2], top[3]));
 }
 
-// sum of 2^((x - max) * scale): 0 where all are -inf, NaN where one is NaN or +inf.
-inline float sum_exp2(const float* x, int64_t padded, float max, float scale) {
+// sum of 2^((x - max) * scale): 0 where all are -inf, NaN where one is NaN or +inf. On the way the
+// 4 KiB at `ahead`, which the next block reads, are called for: no hardware prefetcher crosses a
+// page.
+inline float sum_exp2(const float* x, int64_t padded, float max, float scale,
+                      const char* ahead = nullptr) {
   const VecF shift = splat(max == kNegInf ? 0.0f : max);
   VecF total = VecF{};
   for (int64_t i = 0; i < padded; i += kStep) {
     VecF step = VecF{};
+    if (ahead != nullptr) {
+      for (int k = 0; k < 4; ++k) __builtin_prefetch(ahead + i * 4 + k * 64);
+    }
     for (int v = 0; v < kVecsPerStep; v += 4) {
       VecF e[4];
       for (int k = 0; k < 4; ++k) e[k] = (load(x + i + (v + k) * kWidth) - shift) * scale;

@@ -20,7 +20,9 @@ void measure(const TokenLogprobsArgs& a, int64_t i, int64_t j) {
     const float* x = load_block(*sources[s], a.rows[i], j * kVocabBlock, size, buffer);
     float* stats = stats_of(a, i, s);
     stats[j] = tree_max(lane_maxima(x, round_to_step(size)));
-    stats[padded_blocks(a.vocab_size) + j] = sum_exp2(x, round_to_step(size), stats[j], kLog2e);
+    stats[padded_blocks(a.vocab_size) + j] =
+        sum_exp2(x, round_to_step(size), stats[j], kLog2e,
+                 address(*sources[s], a.rows[i], (j + 1) * kVocabBlock));
   }
 }
 
@@ -35,7 +37,8 @@ double logprob(const TokenLogprobsArgs& a, const LogitRows& source, int64_t i, f
 void IVG_KERNEL(token_logprobs)(const TokenLogprobsArgs& a) {
   const int64_t blocks = num_blocks(a.vocab_size);
   const int64_t items = (blocks + kBlocksPerItem - 1) / kBlocksPerItem;
-  const int threads = useful_threads(a.num_tokens * a.vocab_size, a.num_threads);
+  const int64_t num_tensors = 1 + (a.minus.data != nullptr);
+  const int threads = useful_threads(a.num_tokens * a.vocab_size * num_tensors, a.num_threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(static)
