@@ -134,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0])
     parser.add_argument("--min-distinct", type=float, default=0.9)
     parser.add_argument("--judge", help="folder of a language model for the perplexity")
+    parser.add_argument("--judge-name", help="what to call it; default the folder's name")
     parser.add_argument("--num-judged", type=int, default=200, help="responses a method it reads")
     args = parser.parse_args(argv)
     out = Path(args.out)
@@ -192,12 +193,15 @@ def main(argv: list[str] | None = None) -> int:
         }
         for a, b in (("eft", "base"), ("cbs", "base"), ("ivg", "eft"), ("ivg", "cbs"))
     }
+    settings = {k: v for k, v in vars(args).items() if k not in ("family", "out")}
+    if args.judge:
+        settings["judge"] = args.judge_name or Path(args.judge).name
     result = {
         "dev": dev,
         "chosen_weights": chosen,
         "methods": summary,
         "differences": differences,
-        "settings": vars(args),
+        "settings": settings,
     }
     (out / "summary.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(differences))

@@ -100,7 +100,7 @@ def _experiment(results: Path, num_samples: int) -> str:
     if settings.get("judge"):
         lines.append(
             f"\nPerplexity of the first {settings['num_judged']} responses of each method under "
-            f"a language model that saw none of this ({Path(settings['judge']).name})."
+            f"a language model that saw none of this ({settings['judge']})."
         )
     lines.append("\n| difference | mean | 95% interval (paired bootstrap over prompts) |")
     lines.append("|---|---|---|")
