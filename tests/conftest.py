@@ -4,10 +4,14 @@
 import os
 from collections.abc import Iterator
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import pytest
 import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Triton kernels run on the GPU where there is one, else in Triton's interpreter on the CPU. Triton
+# reads this when it is imported, which other libraries may do at any time.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,16 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels run on the GPU where there is one, else in Triton's interpreter on the CPU.
-
-The choice must be made before a kernel's module is imported.
-"""
-
-import os
+"""Where the kernels of these tests run; tests/conftest.py has chosen."""
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture
