@@ -88,9 +88,7 @@ class Engine:
                     raise InvalidParameterError(
                         role, model, "must be a torch module; Engine.from_pretrained takes paths"
                     )
-                self._runners[role] = ModelRunner(
-                    model, role=role, num_threads=self.config.num_threads
-                )
+                self._runners[role] = ModelRunner(model, role=role)
             self._set_up()
         except BaseException:
             self.close()
@@ -108,8 +106,7 @@ class Engine:
         dtype: torch.dtype | str = "auto",
         config: EngineConfig | None = None,
     ) -> Self:
-        """Loads every model from a folder (or hub name) in safetensors, and checks the
-        vocabularies.
+        """Loads every model from a folder (or hub name) in safetensors; checks the vocabularies.
 
         Args:
             base, tuned, untuned: causal language models with their tokenizers.
@@ -336,7 +333,11 @@ class Engine:
         """Work for these requests: where it raises, they fail; those with an error are ended."""
         self._is_busy = True
         try:
-            with torch.inference_mode(), torch.profiler.record_function("ivg::step"):
+            with (
+                _torch_threads(self.config.num_threads),
+                torch.inference_mode(),
+                torch.profiler.record_function("ivg::step"),
+            ):
                 yield
         except BaseException as error:  # an interrupt too: the books must close first
             for request in requests:
@@ -396,6 +397,17 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def _torch_threads(num_threads: int | None) -> Iterator[None]:
+    """Models and kernels of this thread run on `num_threads` threads; None: leaves it as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _or_minus_one(value: int | None) -> int:

@@ -276,7 +276,7 @@ class EngineConfig:
         max_join_steps: a newcomer waits for the boundary of the requests of its chunk length,
             unless that is more steps away than this; None: always.
         max_queued_requests: requests that may wait; None: no limit.
-        num_threads: threads of the CPU kernels; None: torch.get_num_threads().
+        num_threads: CPU threads of a step, of models and kernels; None: torch.get_num_threads().
     """
 
     num_blocks: int | None = None

@@ -173,3 +173,29 @@ def test_prompts_in_every_form(engine: Engine) -> None:
     assert engine.generate([], PARAMS) == []
     engine.add_request(tensor, PARAMS)
     assert engine.step()[0][1].outputs == wanted.outputs
+
+
+def test_num_threads_of_a_step() -> None:
+    seen = []
+
+    def spy(inputs):
+        seen.append(torch.get_num_threads())
+        return [0.0] * len(inputs)
+
+    before = torch.get_num_threads()
+    params = SearchParams.best_of_n(2, max_tokens=3, scorer=spy)
+    for num_threads in (None, 2):
+        config = EngineConfig(num_blocks=20, num_threads=num_threads)
+        with Engine(tiny_model("gpt2"), tiny_tokenizer(), config=config) as engine:
+            engine.generate("hello", params)
+    assert seen == [before, 2]
+    assert torch.get_num_threads() == before
+
+
+def test_no_forward_looks_for_padding() -> None:
+    """A packed token with the pad's id is a token; the model gets its configuration back."""
+    model = tiny_model("gpt2", pad_token_id=3)
+    with Engine(model, config=EngineConfig(num_blocks=20)) as engine:
+        assert model.config.pad_token_id is None
+        engine.generate([[3, 1, 3]], SearchParams(max_tokens=2))
+    assert model.config.pad_token_id == 3

@@ -19,40 +19,51 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from bench.experiments.plain_decode import Method, Models, generate
+import ivg_fast
+from ivg_fast import Engine, SearchParams
 from ivg_fast.assets import imdb_path
 from ivg_fast.training import common
 from ivg_fast.training.data import dev_prompts, test_prompts
 from ivg_fast.training.records import write_jsonl
 from ivg_fast.training.rewards import GoldReward, LexiconReward
-from ivg_fast.training.value_model import PrefixValueModel
 
 WIDTH, NUM_CANDIDATES, CHUNK = 4, 4, 5
 DEV_SEED = 1000
 
 
-def load_models(folder: Path) -> Models:
-    return Models(
-        *(common.load_model(folder / name).eval() for name in ("base", "untuned", "tuned")),
-        PrefixValueModel.load(folder / "value"),
-        common.load_tokenizer(folder / "base"),
-    )
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A named way to decode; `weight` is its guidance weight, 0 without guidance."""
+
+    name: str
+    weight: float
+    params: SearchParams
 
 
 def methods(eft_weight: float, ivg_weight: float) -> list[Method]:
-    search = (WIDTH, NUM_CANDIDATES, CHUNK, "explicit")
+    """The paper's controlled-sentiment settings (arXiv 2409.17819): T 0.7, 50 tokens, 4, 4, 5."""
+    sampling: dict[str, Any] = {"max_tokens": 50, "temperature": 0.7, "ignore_eos": True}
+    search = {"beam_width": WIDTH, "num_candidates": NUM_CANDIDATES, "chunk_length": CHUNK}
+    ivg = SearchParams.ivg(guidance_weight=ivg_weight, **search, **sampling)
     return [
-        Method("base"),
-        Method("eft", eft_weight),
-        Method("cbs", 0.0, *search),
-        Method("ivg", ivg_weight, *search),
+        Method("base", 0.0, SearchParams.base(**sampling)),
+        Method("eft", eft_weight, SearchParams.eft(guidance_weight=eft_weight, **sampling)),
+        Method("cbs", 0.0, SearchParams.cbs(scorer="explicit", **search, **sampling)),
+        Method("ivg", ivg_weight, ivg),
     ]
+
+
+def decode(engine: Engine, prompts: Sequence[str], method: Method, seed: int) -> list[str]:
+    """One response a prompt."""
+    outputs = engine.generate(list(prompts), replace(method.params, seed=seed), use_tqdm=True)
+    return [output.outputs[0].text for output in outputs]
 
 
 def distinct_2(texts: Sequence[str]) -> float:
@@ -88,7 +99,7 @@ def bootstrap(difference: np.ndarray, seed: int = 0, draws: int = 10_000) -> lis
 
 
 def dev_table(
-    models: Models, gold: GoldReward, weights: Sequence[float], num_prompts: int
+    engine: Engine, gold: GoldReward, weights: Sequence[float], num_prompts: int
 ) -> list[dict[str, Any]]:
     """Gold reward and distinct-2 on dev prompts: base, and EFT and IVG with each weight."""
     prompts = dev_prompts(num_prompts)
@@ -97,7 +108,7 @@ def dev_table(
         for method in methods(weight, weight):
             if (method.name == "base") != (weight == 0) or method.name == "cbs":
                 continue
-            responses = generate(models, prompts, method, seed=DEV_SEED)
+            responses = decode(engine, prompts, method, DEV_SEED)
             texts = [p + r for p, r in zip(prompts, responses, strict=True)]
             rows.append(
                 {
@@ -134,15 +145,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0])
     parser.add_argument("--min-distinct", type=float, default=0.9)
     parser.add_argument("--judge", help="folder of a language model for the perplexity")
+    parser.add_argument("--judge-name", help="what the results call it")
     parser.add_argument("--num-judged", type=int, default=200, help="responses a method it reads")
     args = parser.parse_args(argv)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     folder = Path(args.family)
-    models = load_models(folder)
+    engine = Engine.from_pretrained(
+        *(folder / role for role in ("base", "tuned", "untuned", "value"))
+    )
     gold, lexicon = GoldReward.load(folder / "gold_reward.npz"), LexiconReward()
 
-    dev = dev_table(models, gold, args.weights, args.num_dev_prompts)
+    dev = dev_table(engine, gold, args.weights, args.num_dev_prompts)
     chosen = {name: choose_weight(dev, name, args.min_distinct) for name in ("eft", "ivg")}
     prompts = test_prompts(args.num_prompts)
     rewards: dict[str, np.ndarray] = {}
@@ -150,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     for method in methods(chosen["eft"], chosen["ivg"]):
         records, start = [], time.monotonic()
         for seed in args.seeds:
-            responses = generate(models, prompts, method, seed=seed)
+            responses = decode(engine, prompts, method, seed)
             texts = [p + r for p, r in zip(prompts, responses, strict=True)]
             for prompt, response, reward, second in zip(
                 prompts, responses, gold.score(texts), lexicon.score(texts), strict=True
@@ -197,7 +211,17 @@ def main(argv: list[str] | None = None) -> int:
         "chosen_weights": chosen,
         "methods": summary,
         "differences": differences,
-        "settings": vars(args),
+        "settings": {
+            "num_prompts": args.num_prompts,
+            "num_dev_prompts": args.num_dev_prompts,
+            "seeds": args.seeds,
+            "dev_seed": DEV_SEED,
+            "weights": args.weights,
+            "min_distinct": args.min_distinct,
+            "judge": args.judge_name if args.judge else None,
+            "num_judged": args.num_judged,
+        },
+        "versions": {"ivg_fast": ivg_fast.__version__, "torch": torch.__version__},
     }
     (out / "summary.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(differences))

@@ -111,16 +111,12 @@ class PagedContext:
         "fresh_bounds",
         "layers",
         "longest_fresh",
-        "num_threads",
         "old_rows",
         "slot_mapping",
     )
 
-    def __init__(
-        self, layers: list[LayerCache], batch: ForwardBatch, num_threads: int | None = None
-    ) -> None:
+    def __init__(self, layers: list[LayerCache], batch: ForwardBatch) -> None:
         self.layers = layers
-        self.num_threads = num_threads
         self.slot_mapping = batch.slot_mapping
         self.all_rows = _metadata(batch, 0, 0)
         self.fresh_bounds: list[int] = []
@@ -151,10 +147,9 @@ class PagedContext:
         layer = self.layers[cast(int, module.layer_idx)]
         window = layer.sliding_window if sliding_window is _ABSENT else sliding_window
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        num_threads = self.num_threads
         key_pool, value_pool = layer.key_pool, layer.value_pool
-        write_kv(_by_token(key), key_pool, self.slot_mapping, num_threads=num_threads)
-        write_kv(_by_token(value), value_pool, self.slot_mapping, num_threads=num_threads)
+        write_kv(_by_token(key), key_pool, self.slot_mapping)
+        write_kv(_by_token(value), value_pool, self.slot_mapping)
         tokens = _by_token(query)
         is_plain = softcap is None and s_aux is None
         if is_plain and self.fresh_bounds and (window is None or window >= self.longest_fresh):
@@ -169,7 +164,6 @@ class PagedContext:
                     scale=scale,
                     sliding_window=window,
                     out=output[start:],
-                    num_threads=num_threads,
                 )
         else:
             output = paged_attention_prepared(
@@ -181,7 +175,6 @@ class PagedContext:
                 sliding_window=window,
                 soft_cap=softcap,
                 sinks=None if s_aux is None else s_aux.float(),
-                num_threads=num_threads,
             )
         return output.unsqueeze(0)
 

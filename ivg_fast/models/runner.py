@@ -35,7 +35,6 @@ class ModelRunner:
         role: "base", "tuned", "untuned" or "value"; named in error messages.
         num_blocks: blocks to allocate at once; 0 leaves it to `allocate`.
         self_test: compare paged with stock logits first (see `selftest.check_model`).
-        num_threads: of the CPU kernels; default `torch.get_num_threads()`.
 
     Attributes:
         vocab_size: ids that the model both takes and scores; logits may be wider (padding).
@@ -53,11 +52,9 @@ class ModelRunner:
         role: str,
         num_blocks: int = 0,
         self_test: bool = True,
-        num_threads: int | None = None,
     ) -> None:
         self.model = model.eval()
         self.role = role
-        self.num_threads = num_threads
         self._head = model.score_head if isinstance(model, ValueHeadModel) else None
         self._network = _network_of(model)
         if not hasattr(self._network, "set_attn_implementation"):
@@ -75,6 +72,10 @@ class ModelRunner:
         self._layers: list[LayerCache] = []
         self.num_blocks = 0
 
+        # Packed rows hold no padding: a token with the pad's id is a token, and no forward should
+        # look for it (transformers would, and warn).
+        self._pad_token_id = self.config.pad_token_id
+        self.config.pad_token_id = None
         stock = self.config._attn_implementation
         self.stock_attention: str = "eager" if stock in (None, ATTENTION_NAME) else stock
         try:
@@ -133,7 +134,7 @@ class ModelRunner:
         """
         if self._head is not None:
             return self._head(self.hidden(batch))
-        with attention_context(PagedContext(self._layers, batch, self.num_threads)):
+        with attention_context(PagedContext(self._layers, batch)):
             if self._can_keep:
                 return self._call(batch, logits_to_keep=batch.logit_positions).logits[0]
             return self._call(batch).logits[0].index_select(0, batch.logit_positions)
@@ -142,7 +143,7 @@ class ModelRunner:
     def hidden(self, batch: ForwardBatch) -> torch.Tensor:
         """Like `forward`, but the hidden states [N, H] before the head of a ValueHeadModel."""
         _ = self._value_head
-        with attention_context(PagedContext(self._layers, batch, self.num_threads)):
+        with attention_context(PagedContext(self._layers, batch)):
             states = self._call(batch).last_hidden_state[0]
         return states.index_select(0, batch.logit_positions)
 
@@ -172,6 +173,7 @@ class ModelRunner:
         """Frees the pools and gives the model its own attention back."""
         self._layers = []
         self.num_blocks = 0
+        self.config.pad_token_id = self._pad_token_id
         self.use_attention(self.stock_attention)
 
     def _call(self, batch: ForwardBatch, **kwargs: Any) -> Any:

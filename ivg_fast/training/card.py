@@ -86,7 +86,8 @@ def _experiment(results: Path, num_samples: int) -> str:
         f"{settings['num_prompts']} held-out test prompts, seeds {settings['seeds']}, W, K, L = "
         "4, 4, 5, temperature 0.7, 50 tokens, no EOS; the guidance weight was chosen on "
         f"{settings['num_dev_prompts']} dev prompts before, among those whose distinct-2 is at "
-        f"least {settings['min_distinct']} of the base's. Reward of prompt + response.\n",
+        f"least {settings['min_distinct']} of the base's (or the most varied one). "
+        "Reward of prompt + response.\n",
         "| method | weight | gold reward | by seed | second judge | distinct-2 | perplexity |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -100,7 +101,7 @@ def _experiment(results: Path, num_samples: int) -> str:
     if settings.get("judge"):
         lines.append(
             f"\nPerplexity of the first {settings['num_judged']} responses of each method under "
-            f"a language model that saw none of this ({Path(settings['judge']).name})."
+            f"a language model that saw none of this ({settings['judge']})."
         )
     lines.append("\n| difference | mean | 95% interval (paired bootstrap over prompts) |")
     lines.append("|---|---|---|")
