@@ -135,7 +135,7 @@ def per_sample(
 
 
 def _require(name: str, values: Tensor, rule: Callable[[Tensor], Tensor], requirement: str) -> None:
-    """Raise where a value breaks the rule. Device tensors are not read, nor is work made for them."""
+    """Raise where a value breaks the rule. Tensors of a device are not looked at."""
     if values.device.type == "cpu":
         is_good = rule(values)
         if not bool(is_good.all()):
@@ -160,11 +160,9 @@ def _parameter(
     return tensor
 
 
-def check_rows(logit_rows: IntArray | None, logits: Tensor) -> Tensor:
-    """The row that each sample reads, int64 [B]; None: every row once, in order."""
+def check_rows(logit_rows: IntArray, logits: Tensor) -> Tensor:
+    """The row that each sample reads, int64 [B]."""
     num_rows, device = logits.shape[0], logits.device
-    if logit_rows is None:
-        return torch.arange(num_rows, device=device)
     if isinstance(logit_rows, int) or getattr(logit_rows, "ndim", 1) != 1:
         raise InvalidParameterError("logit_rows", logit_rows, "must have one dimension")
     rows = per_sample("logit_rows", logit_rows, len(logit_rows), device)
