@@ -11,12 +11,12 @@ from ivg_fast.triton_kernels.guided_sample_jit import NEG_INF, _combine, _parame
 def _ordered(z):
     # Unsigned keys in the order of the floats; both zeros are one.
     bits = tl.where(z == 0, 0.0, z).to(tl.uint32, bitcast=True)
-    return tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)
+    return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
 def _unordered(key):
-    bits = tl.where(key >= 0x80000000, key & 0x7FFFFFFF, ~key)
+    bits = tl.where(key >= 0x80000000, key ^ 0x80000000, key ^ 0xFFFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
 

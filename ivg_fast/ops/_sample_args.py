@@ -134,10 +134,12 @@ def per_sample(
     return tensor
 
 
-def _require(name: str, values: Tensor, is_good: Tensor, requirement: str) -> None:
-    """Raise where a value is not good. Only for tensors of the CPU: it reads them."""
-    if values.device.type == "cpu" and not bool(is_good.all()):
-        raise InvalidParameterError(name, values[~is_good][0].item(), requirement)
+def _require(name: str, values: Tensor, rule: Callable[[Tensor], Tensor], requirement: str) -> None:
+    """Raise where a value breaks the rule. Tensors of a device are not looked at."""
+    if values.device.type == "cpu":
+        is_good = rule(values)
+        if not bool(is_good.all()):
+            raise InvalidParameterError(name, values[~is_good][0].item(), requirement)
 
 
 def _parameter(
@@ -154,28 +156,27 @@ def _parameter(
             raise InvalidParameterError(name, number, requirement)
         return number
     tensor = per_sample(name, values, num_samples, device, floating=not is_integer)
-    _require(name, tensor, rule(tensor), requirement)
+    _require(name, tensor, rule, requirement)
     return tensor
 
 
-def check_rows(logit_rows: IntArray | None, logits: Tensor) -> Tensor:
-    """The row that each sample reads, int64 [B]; None: every row once, in order."""
+def check_rows(logit_rows: IntArray, logits: Tensor) -> Tensor:
+    """The row that each sample reads, int64 [B]."""
     num_rows, device = logits.shape[0], logits.device
-    if logit_rows is None:
-        return torch.arange(num_rows, device=device)
     if isinstance(logit_rows, int) or getattr(logit_rows, "ndim", 1) != 1:
         raise InvalidParameterError("logit_rows", logit_rows, "must have one dimension")
     rows = per_sample("logit_rows", logit_rows, len(logit_rows), device)
-    in_range = (rows >= 0) & (rows < num_rows)
-    _require("logit_rows", rows, in_range, f"must be in [0, {num_rows})")
+    requirement = f"must be in [0, {num_rows})"
+    _require("logit_rows", rows, lambda x: (x >= 0) & (x < num_rows), requirement)
     return rows
 
 
 def check_token_ids(token_ids: IntArray, num_tokens: int, logits: Tensor) -> Tensor:
     """Ids of given tokens, int64 [num_tokens]."""
     tokens = per_sample("token_ids", token_ids, num_tokens, logits.device)
-    in_range = (tokens >= 0) & (tokens < logits.shape[1])
-    _require("token_ids", tokens, in_range, f"must be in [0, {logits.shape[1]})")
+    vocab_size = logits.shape[1]
+    requirement = f"must be in [0, {vocab_size})"
+    _require("token_ids", tokens, lambda x: (x >= 0) & (x < vocab_size), requirement)
     return tokens
 
 
@@ -194,8 +195,8 @@ def _banned(
         requirement = f"must have shape ({num_samples}, M)"
         raise InvalidParameterError("banned_ids", tuple(ids.shape), requirement)
     vocab_size = base.shape[1]
-    in_range = (ids >= -1) & (ids < vocab_size)
-    _require("banned_ids", ids, in_range, f"must be in [-1, {vocab_size}), -1 for none")
+    requirement = f"must be in [-1, {vocab_size}), -1 for none"
+    _require("banned_ids", ids, lambda x: (x >= -1) & (x < vocab_size), requirement)
     if banned_until is None:
         return ids, None
     return ids, per_sample("banned_until", banned_until, num_samples, base.device)
@@ -241,7 +242,7 @@ def normalise(
         tensor = per_sample(name, values, num_samples, device)
         if name in _RULES:
             rule, requirement = _RULES[name]
-            _require(name, tensor, rule(tensor), requirement)
+            _require(name, tensor, rule, requirement)
         return tensor
 
     ids, until = _banned(banned_ids, banned_until, num_samples, base)
