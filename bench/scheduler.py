@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m bench scheduler`: what the C++ scheduler takes between two chunks.
+
+Requests whose rows add up to 256, prompts of 1,024 tokens, responses of 256. Timed a round: plan (with
+the fork), commit_tokens, plan_scores and commit_scores (the selection), through the binding, so the
+figures are above the C++ time alone by about a microsecond a call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+
+from bench.harness import Record, device_name, print_summary, versions, write_csv
+from ivg_fast import _C
+
+# requests, W, K, L
+SHAPES = ((1, 16, 16, 16), (4, 8, 8, 16), (16, 4, 4, 5), (64, 2, 2, 30))
+PHASES = ("plan", "commit_tokens", "plan_scores", "commit_scores")
+
+
+def _one_search(shape: tuple[int, int, int, int], rng: np.random.Generator) -> np.ndarray:
+    """Microseconds [chunks, phases] of one run to the end; the first chunk, a prefill, is left out."""
+    requests, width, children, length = shape
+    scheduler = _C.Scheduler(num_blocks=60_000, num_roles=4, max_num_rows=256, max_burst_steps=64)
+    for _ in range(requests):
+        scheduler.add_request(
+            prompt_lens=[1024] * 4,
+            step_roles=0b0111,
+            settle_roles=0b1000,
+            beam_width=width,
+            num_candidates=children,
+            chunk_length=length,
+            max_tokens=256,
+            has_scorer=True,
+        )
+    rounds = []
+    while scheduler.has_unfinished:
+        t0 = time.perf_counter()
+        plan = scheduler.plan()
+        t1 = time.perf_counter()
+        shape_ = (plan.num_steps, len(plan.sample_request))
+        tokens, floats = np.zeros(shape_, np.int32), np.zeros(shape_, np.float32)
+        ends = np.zeros(shape_[1], np.uint8), np.full(shape_[1], -1, np.int32)
+        counts = plan.sample_steps.copy()
+        t2 = time.perf_counter()
+        scheduler.commit_tokens(tokens, floats, floats, floats, counts, *ends)
+        t3 = time.perf_counter()
+        scores = scheduler.plan_scores()
+        t4 = time.perf_counter()
+        ids, drawn = scores.request_ids.tolist(), rng.standard_normal((requests, width * children))
+        selecting = 0.0
+        for request, values in zip(ids, drawn, strict=True):
+            begin = time.perf_counter()
+            scheduler.commit_scores(request, values)
+            selecting += time.perf_counter() - begin
+        rounds.append([t1 - t0, t3 - t2, t4 - t3, selecting])
+    return np.array(rounds)[1:] * 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=20, help="searches a shape")
+    parser.add_argument("--out", type=Path, help="CSV of all records")
+    arguments = parser.parse_args()
+    rng = np.random.default_rng(0)
+    records: list[Record] = []
+    summary = {}
+    for shape in SHAPES:
+        times = np.concatenate([_one_search(shape, rng) for _ in range(arguments.rounds)])
+        plan, _, _, select = times.T
+        columns = dict(zip(PHASES, times.T, strict=True)) | {"plan + select + fork": plan + select}
+        name = "requests {}, W {}, K {}, L {}".format(*shape)
+        for phase, values in columns.items():
+            quantiles = (round(float(q), 1) for q in np.percentile(values, [20, 50, 80]))
+            record = Record(
+                "scheduler",
+                phase,
+                "time",
+                "us",
+                name,
+                *quantiles,
+                "256 rows, prompt 1024, response 256",
+                device_name("cpu"),
+                versions(),
+            )
+            records.append(record)
+            print(f"{name:<34} {phase:<22} {record.y_50:>7.1f} us [{record.y_20}, {record.y_80}]")
+        summary[name] = records[-1].y_50
+    if arguments.out:
+        write_csv(arguments.out, records)
+    print_summary({"plan + select + fork, us": summary})
+
+
+if __name__ == "__main__":
+    main()
