@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m bench scheduler`: what the C++ scheduler takes between two chunks.
 
-Requests whose rows add up to 256, prompts of 1,024 tokens, responses of 256. Timed a round: plan (with
-the fork), commit_tokens, plan_scores and commit_scores (the selection), through the binding, so the
-figures are above the C++ time alone by about a microsecond a call.
+Requests whose rows add up to 256, prompts of 1,024 tokens, responses of 256. Timed a round: plan
+(with the fork), commit_tokens, plan_scores and commit_scores (the selection, a call a request),
+through the Python binding, which the figures include.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PHASES = ("plan", "commit_tokens", "plan_scores", "commit_scores")
 
 
 def _one_search(shape: tuple[int, int, int, int], rng: np.random.Generator) -> np.ndarray:
-    """Microseconds [chunks, phases] of one run to the end; the first chunk, a prefill, is left out."""
+    """Microseconds [chunks, phases] of one run; the first chunk, a prefill, is left out."""
     requests, width, children, length = shape
     scheduler = _C.Scheduler(num_blocks=60_000, num_roles=4, max_num_rows=256, max_burst_steps=64)
     for _ in range(requests):
