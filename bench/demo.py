@@ -28,13 +28,13 @@ from ivg_fast.training.rewards import GoldReward
 _SAMPLING = {"max_tokens": 50, "temperature": 0.7, "ignore_eos": True, "seed": 0}
 
 
-def methods(guidance_weight: float) -> dict[str, SearchParams]:
+def methods(eft_weight: float, ivg_weight: float) -> dict[str, SearchParams]:
     """The four methods at W, K, L = 4, 4, 5."""
     return {
         "base": SearchParams.base(**_SAMPLING),
-        "EFT": SearchParams.eft(guidance_weight=guidance_weight, **_SAMPLING),
+        "EFT": SearchParams.eft(guidance_weight=eft_weight, **_SAMPLING),
         "CBS": SearchParams.cbs(scorer="explicit", **_SAMPLING),
-        "IVG": SearchParams.ivg(guidance_weight=guidance_weight, **_SAMPLING),
+        "IVG": SearchParams.ivg(guidance_weight=ivg_weight, **_SAMPLING),
     }
 
 
@@ -58,8 +58,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=8, help="held-out prompts to decode")
     parser.add_argument("--show", type=int, default=2, help="prompts whose texts are printed")
-    parser.add_argument("--weight", type=float, default=1.0, help="guidance weight of EFT and IVG")
+    # Chosen on dev prompts by bench/experiments/imdb_rewards.
+    parser.add_argument("--eft-weight", type=float, default=1.0, help="guidance weight of EFT")
+    parser.add_argument("--ivg-weight", type=float, default=0.5, help="guidance weight of IVG")
     arguments = parser.parse_args()
+    chosen = methods(arguments.eft_weight, arguments.ivg_weight)
     console = Console()
     family = imdb_path()
     prompts = test_prompts(arguments.prompts)
@@ -70,7 +73,7 @@ def main() -> None:
         family / "base", family / "tuned", family / "untuned", family / "value"
     ) as engine:
         engine.generate(prompts[:1], SearchParams.ivg(max_tokens=6))  # first-call costs
-        for name, params in methods(arguments.weight).items():
+        for name, params in chosen.items():
             begin = time.perf_counter()
             outputs = engine.generate(prompts, params)
             seconds = time.perf_counter() - begin
@@ -86,7 +89,7 @@ def main() -> None:
                 str(forwarded),
             )
     few = prompts[:2]
-    written, seconds = _plain_pytorch(few, methods(arguments.weight)["IVG"])
+    written, seconds = _plain_pytorch(few, chosen["IVG"])
     rewards = gold.score([p + t for p, t in zip(few, written, strict=True)])
     table.add_row(
         "IVG, plain PyTorch",
