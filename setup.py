@@ -33,8 +33,10 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / "cmake"
         cmake = shutil.which("cmake") or "cmake"
+        # An isolated build has its own ninja and pybind11, gone afterwards: a cache that names those
+        # of the build before would fail.
         configure = [
-            *(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            *(cmake, "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
