@@ -33,8 +33,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / "cmake"
         cmake = shutil.which("cmake") or "cmake"
-        # An isolated build has its own ninja and pybind11, gone afterwards: a cache that names those
-        # of the build before would fail.
+        # An isolated build has its own ninja and pybind11, gone afterwards: a cache that names
+        # those of the build before would fail.
         configure = [
             *(cmake, "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
