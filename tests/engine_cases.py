@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from naive_search import NaiveModels, NaiveOutput, NaiveResult, NaiveSearch
-from tiny_models import redraw_weights, tiny_config, tiny_model, tiny_tokenizer
+from tiny_models import attention_of, redraw_weights, tiny_config, tiny_model, tiny_tokenizer
 from transformers import AutoModel
 
 from ivg_fast.engine import Engine
@@ -40,7 +40,8 @@ def fresh_seed() -> int:
 
 def value_model(shape: str, *, vocab_size: int, seed: int, **overrides: Any) -> ValueHeadModel:
     """A vocabulary head on the backbone of `shape`."""
-    backbone = AutoModel.from_config(tiny_config(shape, vocab_size, **overrides))
+    config = tiny_config(shape, vocab_size, **overrides)
+    backbone = AutoModel.from_config(config, attn_implementation=attention_of(shape))
     redraw_weights(backbone, seed)
     head = torch.nn.Linear(backbone.config.hidden_size, vocab_size, bias=False)
     generator = torch.Generator().manual_seed(seed + 1)
