@@ -85,7 +85,7 @@ def _experiment(results: Path, num_samples: int) -> str:
         "\n## Steering\n",
         f"{settings['num_prompts']} held-out test prompts, seeds {settings['seeds']}, W, K, L = "
         "4, 4, 5, temperature 0.7, 50 tokens, no EOS; the guidance weight was chosen on "
-        f"{settings['num_dev_prompts']} dev prompts before, among those whose distinct-2 is at "
+        f"{settings['num_dev_prompts']} dev prompts, among those whose distinct-2 is at "
         f"least {settings['min_distinct']} of the base's (or the most varied one). "
         "Reward of prompt + response.\n",
         "| method | weight | gold reward | by seed | second judge | distinct-2 | perplexity |",
