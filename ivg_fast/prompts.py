@@ -13,7 +13,7 @@ import torch
 from ivg_fast.errors import CapacityError, InvalidParameterError
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.params import SearchParams
-from ivg_fast.request import GUIDES, LiveRequest
+from ivg_fast.request import GUIDES, ROLES, LiveRequest, RolePrompt
 
 # A text, chat messages, or token ids.
 PromptInput = str | Sequence[Mapping[str, str]] | Sequence[int]
@@ -85,7 +85,8 @@ class RequestFactory:
             else:
                 seed = derive_seed(p.seed, index) if isinstance(params, SearchParams) else p.seed
             text, token_ids = self._encode(prompt)
-            request = LiveRequest.create(p, text, token_ids, seed, self._eos_ids)
+            role_prompt = RolePrompt(text, np.asarray(token_ids, dtype=np.int64))
+            request = LiveRequest.create(p, dict.fromkeys(ROLES, role_prompt), seed, self._eos_ids)
             self._check(request)
             requests.append(request)
         return requests

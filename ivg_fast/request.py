@@ -5,7 +5,7 @@ measured."""
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,11 +31,20 @@ _FINISH_REASONS: dict[int, FinishReason] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class RolePrompt:
+    """What one role reads of a prompt: the text, None where token ids were given; int64 ids."""
+
+    text: str | None
+    token_ids: NDArray[np.int64]
+
+
 @dataclass(slots=True)
 class LiveRequest:
     """What the engine keeps of a request; the beams themselves live in the scheduler.
 
     Attributes:
+        prompt_texts: the prompt of every role as text, None where token ids were given.
         prompt_ids: int64 prompt tokens of each role that takes part.
         stop_ids: token ids that end a candidate, `eos_ids` among them.
         eos_ids: ends of text, none if they are to be ignored.
@@ -48,7 +57,7 @@ class LiveRequest:
     """
 
     params: SearchParams
-    prompt: str | None
+    prompt_texts: dict[str, str | None]
     prompt_ids: dict[str, NDArray[np.int64]]
     seed: int
     stop_ids: NDArray[np.int64]
@@ -65,18 +74,17 @@ class LiveRequest:
     def create(
         cls,
         params: SearchParams,
-        prompt: str | None,
-        token_ids: Sequence[int],
+        prompts: Mapping[str, RolePrompt],
         seed: int,
         eos_ids: Sequence[int],
     ) -> LiveRequest:
-        """A request whose roles all read the same prompt tokens."""
+        """A request whose roles each read their own prompt; `prompts` has one for every role."""
         ends = frozenset() if params.ignore_eos else frozenset(eos_ids)
-        ids = np.asarray(token_ids, dtype=np.int64)
+        taking_part = ("base", *guide_roles(params), *score_roles(params))
         request = cls(
             params=params,
-            prompt=prompt,
-            prompt_ids={role: ids for role in ("base", *guide_roles(params), *score_roles(params))},
+            prompt_texts={role: prompt.text for role, prompt in prompts.items()},
+            prompt_ids={role: prompts[role].token_ids for role in taking_part},
             seed=seed,
             stop_ids=np.array(sorted(ends.union(params.stop_token_ids)), dtype=np.int64),
             eos_ids=ends,
@@ -86,6 +94,11 @@ class LiveRequest:
         if params.deadline_s is not None:
             request.deadline = time.monotonic() + params.deadline_s
         return request
+
+    @property
+    def prompt(self) -> str | None:
+        """The base model's prompt as text."""
+        return self.prompt_texts["base"]
 
     @property
     def step_roles(self) -> tuple[str, ...]:
