@@ -68,6 +68,7 @@ class ScorePlan:
     row_length: _I32
     row_finish: _I8
     row_adds_eos: _I8
+    row_twin: _I32
     row_reward: _F64
     row_tokens: _I32
     row_tables: _I32

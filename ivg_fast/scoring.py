@@ -74,6 +74,7 @@ class ChunkScorer:
             elif len(rows):
                 rewards = np.zeros((len(scores), plan.max_new_tokens), np.float32)
                 scores[rows] = self._by_pair(plan, requests, rows, rewards)
+        scores = scores[plan.row_twin]  # equal tokens score equally, whatever their row rounded to
         ends = np.cumsum(plan.num_rows).tolist()
         slices = [slice(*pair) for pair in pairwise([0, *ends])]
         # All texts are taken before any scorer runs: a scorer may abort requests.

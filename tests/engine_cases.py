@@ -247,7 +247,7 @@ def _token_differences(a: Any, b: NaiveOutput, is_asked: bool) -> list[str]:
 
 def is_near_tie(result: NaiveResult) -> bool:
     """Whether float32 might, rightly, decide otherwise."""
-    return result.min_gap < NEAR_TIE or result.num_twin_ties > 0
+    return result.min_gap < NEAR_TIE
 
 
 def compare(

@@ -105,7 +105,6 @@ class NaiveResult:
         min_gap: the smallest distance at which another arithmetic could decide otherwise: of
             neighbouring scores of different texts in a ranking, of u to an edge of its token's
             interval, of an entry to the border of a filter.
-        num_twin_ties: neighbours in a ranking with one text, drawn twice; they tie by their ids
             where equal texts have equal scores, which a batch does not promise to the last bit.
         num_sampled: tokens drawn.
         num_decode_rows: forwards of one token that a cache and a branch leave to do: one a live
@@ -117,7 +116,6 @@ class NaiveResult:
     outputs: list[NaiveOutput]
     selections: list[Selection]
     min_gap: float
-    num_twin_ties: int
     num_sampled: int
     num_decode_rows: int
     num_appended: int
@@ -200,7 +198,7 @@ class NaiveSearch:
         self.prompt = tuple(prompt_ids)
         self.eos = models.tokenizer.eos_token_id
         self.gap = math.inf
-        self.num_sampled = self.num_decode_rows = self.num_twin_ties = 0
+        self.num_sampled = self.num_decode_rows = 0
         self.appended: set[int] = set()
         self.num_lineages = 0
 
@@ -236,7 +234,6 @@ class NaiveSearch:
                     outputs=self.best(ranking),
                     selections=selections,
                     min_gap=self.gap,
-                    num_twin_ties=self.num_twin_ties,
                     num_sampled=self.num_sampled,
                     num_decode_rows=self.num_decode_rows,
                     num_appended=len(self.appended),
@@ -342,17 +339,14 @@ class NaiveSearch:
         scorer = self.params.scorer
         for better, worse in itertools.pairwise(ranking):
             gap = better.score - worse.score
-            # Clones tie in any arithmetic, and so do equal returns of a callable.
+            # Equal tokens tie in any arithmetic, and so do equal returns of a callable.
             if (
                 scorer == "none"
-                or better.lineage == worse.lineage
+                or better.token_ids == worse.token_ids
                 or (callable(scorer) and not gap)
             ):
                 continue
-            if better.token_ids == worse.token_ids:
-                self.num_twin_ties += 1
-            else:
-                self.gap = min(self.gap, gap)
+            self.gap = min(self.gap, gap)
 
     def best(self, ranking: list[NaiveCandidate]) -> list[NaiveOutput]:
         seen: set[int] = set()

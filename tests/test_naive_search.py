@@ -340,7 +340,6 @@ def test_a_pool_that_is_finished_early_ends_the_search() -> None:
     assert len(result.selections) == 1
     assert [o.candidate_id for o in result.outputs] == [0, 1, 2, 3]  # no clones: drawn apart
     assert {tuple(o.token_ids) for o in result.outputs} == {(1, 2, EOS)}
-    assert result.num_twin_ties == 3
 
 
 def test_gaps_of_scores() -> None:

@@ -138,6 +138,7 @@ void bind_plans(py::module_& m) {
   def_array(score, "row_length", &ScorePlan::row_length);
   def_array(score, "row_finish", &ScorePlan::row_finish);
   def_array(score, "row_adds_eos", &ScorePlan::row_adds_eos);
+  def_array(score, "row_twin", &ScorePlan::row_twin);
   def_array(score, "row_reward", &ScorePlan::row_reward);
   def_matrix(score, "row_tokens", &ScorePlan::row_tokens, &ScorePlan::max_new_tokens);
   def_matrix(score, "row_tables", &ScorePlan::row_tables, &ScorePlan::table_width);

@@ -32,8 +32,8 @@ void BurstPlan::clear() {
 void ScorePlan::clear() {
   table_width = max_new_tokens = 0;
   request_ids.clear();
-  for (auto* array : {&num_rows, &prompt_blocks, &row_request, &row_candidate, &row_start,
-                      &row_length, &row_tokens, &row_tables}) {
+  for (auto* array : {&num_rows, &prompt_blocks, &row_request, &row_candidate, &row_twin,
+                      &row_start, &row_length, &row_tokens, &row_tables}) {
     array->clear();
   }
   row_finish.clear();
@@ -211,9 +211,11 @@ const ScorePlan& Scheduler::plan_scores() {
   for (Request* request : requests) {
     const Search& search = request->search;
     const auto index = static_cast<int32_t>(plan.request_ids.size());
+    const auto first_row = static_cast<int32_t>(plan.row_request.size());
     int32_t num_rows = 0;
     for (const Candidate& candidate : search.pool) {
       if (candidate.is_scored) continue;
+      plan.row_twin.push_back(first_row + num_rows);
       plan.row_request.push_back(index);
       plan.row_candidate.push_back(candidate.id);
       plan.row_start.push_back(search.chunk_start);
@@ -231,12 +233,34 @@ const ScorePlan& Scheduler::plan_scores() {
       write_table(search, &candidate, &plan.row_tables);
       ++num_rows;
     }
+    find_twins(search, first_row);
     plan.request_ids.push_back(request->id);
     plan.num_rows.push_back(num_rows);
     plan.prompt_blocks.push_back(search.spec.prompt_blocks());
     request->is_handed_out = true;
   }
   return plan;
+}
+
+// Candidates may draw the same text. Forwarded as separate rows their scores can differ in the last
+// bit, and it would be rounding that breaks the tie.
+void Scheduler::find_twins(const Search& search, int32_t first_row) {
+  std::vector<const Candidate*> rows;
+  hashes_.clear();
+  for (const Candidate& candidate : search.pool) {
+    if (candidate.is_scored) continue;
+    hashes_.emplace_back(candidate.hash(), static_cast<int32_t>(rows.size()));
+    rows.push_back(&candidate);
+  }
+  std::sort(hashes_.begin(), hashes_.end());
+  size_t first = 0;  // of a run of equal hashes
+  for (size_t i = 1; i < hashes_.size(); ++i) {
+    if (hashes_[i].first != hashes_[first].first) {
+      first = i;
+    } else if (rows[hashes_[i].second]->has_same_tokens(*rows[hashes_[first].second])) {
+      score_plan_.row_twin[first_row + hashes_[i].second] = first_row + hashes_[first].second;
+    }
+  }
 }
 
 }  // namespace ivg

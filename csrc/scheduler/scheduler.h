@@ -22,6 +22,7 @@
 #include <memory>
 #include <mutex>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "scheduler/block_pool.h"
@@ -89,6 +90,7 @@ struct ScorePlan {
   std::vector<int32_t> prompt_blocks;  // [Q]
   std::vector<int32_t> row_request;    // [S] index into request_ids
   std::vector<int32_t> row_candidate;  // [S] candidate id
+  std::vector<int32_t> row_twin;       // [S] the request's first row that has the same tokens
   std::vector<int32_t> row_start;      // [S] response tokens at the last selection
   std::vector<int32_t> row_length;     // [S] response tokens now
   std::vector<uint8_t> row_finish;     // [S] Finish
@@ -184,6 +186,7 @@ class Scheduler {
   bool may_start(const Request& request) const;
   int32_t burst_steps(const std::vector<Request*>& taking_part) const;
   void plan_request(Request* request);
+  void find_twins(const Search& search, int32_t first_row);
   void write_table(const Search& search, const Candidate* candidate,
                    std::vector<int32_t>* tables) const;
   void append(Search* search, const CommittedTokens& committed, int32_t first_sample) const;
@@ -195,6 +198,7 @@ class Scheduler {
   BlockPool blocks_;
   BurstPlan plan_;
   ScorePlan score_plan_;
+  std::vector<std::pair<uint64_t, int32_t>> hashes_;  // of find_twins
   bool is_in_flight_ = false;
   int64_t next_id_ = 0;
   int64_t reserved_blocks_ = 0;

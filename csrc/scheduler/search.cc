@@ -8,6 +8,29 @@
 
 namespace ivg {
 
+namespace {
+
+uint64_t hash_tokens(const Segment* past, const std::vector<TokenRecord>& records) {
+  uint64_t hash = past ? past->hash : 0;
+  for (const TokenRecord& record : records) {
+    hash = (hash ^ static_cast<uint32_t>(record.token)) * 0x9E3779B97F4A7C15;
+    hash ^= hash >> 32;
+  }
+  return hash;
+}
+
+bool have_same_tokens(const std::vector<TokenRecord>& a, const std::vector<TokenRecord>& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                    [](const TokenRecord& x, const TokenRecord& y) { return x.token == y.token; });
+}
+
+}  // namespace
+
+Segment::Segment(std::shared_ptr<const Segment> parent, std::vector<TokenRecord> records)
+    : parent(std::move(parent)),
+      records(std::move(records)),
+      hash(hash_tokens(this->parent.get(), this->records)) {}
+
 Segment::~Segment() {
   std::shared_ptr<const Segment> next = std::move(parent);
   while (next && next.use_count() == 1) {
@@ -25,6 +48,13 @@ std::vector<TokenRecord> Candidate::history() const {
   }
   IVG_CHECK(end == records.begin());
   return records;
+}
+
+uint64_t Candidate::hash() const { return hash_tokens(past.get(), recent); }
+
+bool Candidate::has_same_tokens(const Candidate& other) const {
+  return past == other.past ? have_same_tokens(recent, other.recent)
+                            : have_same_tokens(history(), other.history());
 }
 
 int32_t RequestSpec::prompt_blocks() const {

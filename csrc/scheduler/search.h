@@ -26,9 +26,9 @@ struct TokenRecord {
 struct Segment {
   mutable std::shared_ptr<const Segment> parent;  // mutable for the destructor of a child alone
   std::vector<TokenRecord> records;
+  uint64_t hash;  // of all tokens up to here
 
-  Segment(std::shared_ptr<const Segment> parent, std::vector<TokenRecord> records)
-      : parent(std::move(parent)), records(std::move(records)) {}
+  Segment(std::shared_ptr<const Segment> parent, std::vector<TokenRecord> records);
   ~Segment();  // not recursive: a chain may be as long as the response
   Segment(const Segment&) = delete;
   Segment& operator=(const Segment&) = delete;
@@ -63,6 +63,9 @@ struct Candidate {
   }
   // All tokens of the response, oldest first.
   std::vector<TokenRecord> history() const;
+  // Of all tokens of the response: equal for equal tokens.
+  uint64_t hash() const;
+  bool has_same_tokens(const Candidate& other) const;
 };
 
 struct RequestSpec {

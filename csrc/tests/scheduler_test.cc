@@ -149,6 +149,35 @@ TEST_CASE("finished candidates leave the batch at the next burst, shorter reques
   CHECK(scheduler.take_result(1).candidates[0].finish == Finish::kLength);
 }
 
+TEST_CASE("candidates that drew the same text are each other's twins, over their whole history") {
+  Scheduler scheduler(make_config());
+  scheduler.add_request(make_spec(2, 2, 2, 10));
+  const auto draw = [&](const std::vector<int32_t>& tokens) {  // two of each candidate
+    Samples samples(scheduler.plan());
+    for (size_t b = 0; b < 4; ++b) {
+      samples.tokens[b] = tokens[2 * b];
+      samples.tokens[4 + b] = tokens[2 * b + 1];
+    }
+    scheduler.commit_tokens(samples.view());
+    const ScorePlan& plan = scheduler.plan_scores();
+    CHECK(plan.row_candidate == Ints{0, 1, 2, 3});
+    return plan.row_twin;
+  };
+  const auto score = [&](const std::vector<double>& scores) {
+    scheduler.commit_scores(0, scores.data(), 4, nullptr, 0);
+  };
+  CHECK(draw({1, 2, 2, 1, 1, 2, 1, 3}) == Ints{0, 1, 0, 3});
+  score({4, 3, 2, 1});
+  // Children 0 and 2 of (1, 2), 1 and 3 of (2, 1): equal chunks on unequal pasts are no twins.
+  CHECK(draw({5, 6, 5, 6, 7, 7, 5, 6}) == Ints{0, 1, 2, 1});
+  score({4, 1, 3, 2});
+  // Children 0 and 2 of (1, 2, 5, 6), 1 and 3 of (1, 2, 7, 7).
+  CHECK(draw({5, 5, 5, 5, 5, 5, 5, 5}) == Ints{0, 1, 0, 1});
+  score({4, 1, 3, 2});
+  // Both survivors are twins now: so are the cousins that draw alike.
+  CHECK(draw({8, 9, 8, 9, 9, 8, 9, 8}) == Ints{0, 0, 2, 2});
+}
+
 TEST_CASE("a candidate cut by a stop text keeps its tokens up to the cut") {
   Scheduler scheduler(make_config());
   RequestSpec spec = make_spec(1, 2, 0, 10);
