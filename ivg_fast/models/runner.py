@@ -19,6 +19,7 @@ from ivg_fast.models.attention import (
     attention_context,
 )
 from ivg_fast.models.batch import BLOCK_SIZE, ForwardBatch
+from ivg_fast.models.fast_modules import FastModules
 from ivg_fast.models.selftest import check_model
 from ivg_fast.models.value_head import ValueHeadModel
 
@@ -26,9 +27,9 @@ from ivg_fast.models.value_head import ValueHeadModel
 class ModelRunner:
     """One model plus its KV pools, one K and one V tensor a layer, [num_blocks, Hkv, 16, D].
 
-    The model is put in eval mode and switched to the paged attention function, and stays so until
-    `close`; meanwhile it runs only through a runner. Several runners may share one model, each with
-    pools of its own.
+    The model is put in eval mode and switched to the paged attention function, some of its modules
+    to faster forms (see `fast_modules`), and stays so until `close`; meanwhile it runs only through
+    a runner. Several runners may share one model, each with pools of its own.
 
     Args:
         model: a causal language model of transformers, or a ValueHeadModel, on one device.
@@ -78,6 +79,7 @@ class ModelRunner:
         self.config.pad_token_id = None
         stock = self.config._attn_implementation
         self.stock_attention: str = "eager" if stock in (None, ATTENTION_NAME) else stock
+        self._fast_modules = FastModules(self.model)
         try:
             self.use_attention(ATTENTION_NAME)
             self._shapes, self.logits_width = self._probe()
@@ -166,7 +168,14 @@ class ModelRunner:
         return self._head
 
     def use_attention(self, name: str) -> None:
-        """Switches the model between the paged and another registered attention function."""
+        """Switches the model between the paged and another registered attention function.
+
+        With any other it is the stock model, slow forms of its modules included.
+        """
+        if name == ATTENTION_NAME:
+            self._fast_modules.install()
+        else:
+            self._fast_modules.remove()
         self._network.set_attn_implementation(name)
 
     def close(self) -> None:

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faster forms of a decoder's modules, of the same weights and formulas, while a runner has it.
+
+- GPT-2's GELU: eight element-wise operators in transformers, one in torch.
+- float32 linear layers on processors with AVX-512: weights packed once for oneDNN. For 2 to 128
+  rows that takes less than half the time of addmm where MKL keeps to AVX2; with AVX2 alone the two
+  are level, and a single row is faster unpacked. The packed copy takes as much memory again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
+
+
+class FastModules:
+    """Gives modules of a model a faster forward, and takes it away again.
+
+    A module keeps its weights, its class and its place; only the instance's `forward` changes. The
+    weights must not change meanwhile.
+
+    Args:
+        model: in eval mode.
+        can_pack: whether linear layers may be packed; None: where it pays.
+    """
+
+    def __init__(self, model: nn.Module, *, can_pack: bool | None = None) -> None:
+        if can_pack is None:
+            can_pack = packing_pays()
+        found = ((module, _fast_forward(module, can_pack)) for module in model.modules())
+        self._forwards = {module: forward for module, forward in found if forward is not None}
+
+    def install(self) -> None:
+        """From now on the modules run their faster forms."""
+        for module, forward in self._forwards.items():
+            # One that has a forward of its own has it from another runner, or from its owner.
+            vars(module).setdefault("forward", forward)
+
+    def remove(self) -> None:
+        """Gives every module its own forward back; twice is fine."""
+        for module, forward in self._forwards.items():
+            if vars(module).get("forward") is forward:
+                del vars(module)["forward"]
+
+
+def packing_pays() -> bool:
+    """Whether this processor and this torch run packed float32 layers faster than addmm."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def _fast_forward(module: nn.Module, can_pack: bool) -> Any:
+    if isinstance(module, NewGELUActivation):
+        return _gelu_tanh
+    weight = getattr(module, "weight", None)
+    is_linear = type(module) is nn.Linear or type(module) is Conv1D
+    if not (can_pack and is_linear and isinstance(weight, torch.Tensor)):
+        return None
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return None
+    return _packed_forward(module, weight.T if type(module) is Conv1D else weight)
+
+
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+def _packed_forward(module: Any, weight: torch.Tensor) -> Any:
+    """x [..., in] -> [..., out] with weight [out, in] in oneDNN's layout."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+    bias = None if module.bias is None else module.bias.detach()
+    plain = type(module).forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if x.numel() == x.shape[-1]:
+            return plain(module, x)
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+    return forward
