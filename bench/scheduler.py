@@ -43,7 +43,7 @@ def _one_search(shape: tuple[int, int, int, int], rng: np.random.Generator) -> n
         plan = scheduler.plan()
         t1 = time.perf_counter()
         shape_ = (plan.num_steps, len(plan.sample_request))
-        tokens, floats = np.zeros(shape_, np.int32), np.zeros(shape_, np.float32)
+        tokens, floats = rng.integers(50_000, size=shape_, dtype=np.int32), np.zeros(shape_, "f4")
         ends = np.zeros(shape_[1], np.uint8), np.full(shape_[1], -1, np.int32)
         counts = plan.sample_steps.copy()
         t2 = time.perf_counter()

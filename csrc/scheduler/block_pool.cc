@@ -41,7 +41,7 @@ bool BlockPool::free(int32_t block) {
 }
 
 std::vector<int32_t> BlockPool::fork(const std::vector<int32_t>& table, int32_t num_tokens,
-                                     std::vector<BlockCopy>* copies) {
+                                     std::vector<BlockCopy>* copies, std::vector<int32_t> buffer) {
   if (num_tokens < 0 || blocks_for(num_tokens) > static_cast<int64_t>(table.size())) {
     throw InvalidParameter("num_tokens", num_tokens, "must fit the table");
   }
@@ -49,15 +49,14 @@ std::vector<int32_t> BlockPool::fork(const std::vector<int32_t>& table, int32_t 
   const bool has_partial = num_tokens % kBlockSize != 0;
   for (int32_t i = 0; i < blocks_for(num_tokens); ++i) check_in_use(table[i]);
   const int32_t fresh = has_partial ? allocate() : -1;  // the last that may throw: nothing changed
-  std::vector<int32_t> child;
-  child.reserve(table.size() + 1);  // a chunk often needs one block more
-  child.assign(table.begin(), table.begin() + num_full);
-  for (const int32_t block : child) ++ref_counts_[block];
+  buffer.reserve(table.size() + 1);                     // a chunk often needs one block more
+  buffer.assign(table.begin(), table.begin() + num_full);
+  for (const int32_t block : buffer) ++ref_counts_[block];
   if (has_partial) {
-    child.push_back(fresh);
+    buffer.push_back(fresh);
     copies->push_back({table[num_full], fresh});
   }
-  return child;
+  return buffer;
 }
 
 int32_t BlockPool::ref_count(int32_t block) const {

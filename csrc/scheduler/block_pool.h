@@ -38,8 +38,10 @@ class BlockPool {
   //   [0, num_tokens / 16)  full blocks, shared with the parent
   //   [num_tokens / 16, ..) the partly filled block, if any: a fresh one, its copy appended to
   //   `copies`
+  //
+  // `buffer` gives its memory to the result.
   std::vector<int32_t> fork(const std::vector<int32_t>& table, int32_t num_tokens,
-                            std::vector<BlockCopy>* copies);
+                            std::vector<BlockCopy>* copies, std::vector<int32_t> buffer = {});
 
   int32_t ref_count(int32_t block) const;
   int32_t num_blocks() const { return static_cast<int32_t>(ref_counts_.size()); }

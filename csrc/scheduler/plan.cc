@@ -183,12 +183,13 @@ void Scheduler::plan_request(Request* request) {
 
 void Scheduler::write_table(const Search& search, const Candidate* candidate,
                             std::vector<int32_t>* tables) const {
-  // Unused entries are 0: a valid block, so that a kernel that prefetches stays in bounds.
   const size_t begin = tables->size();
+  tables->insert(tables->end(), search.prompt_table.begin(), search.prompt_table.end());
+  if (candidate != nullptr) {
+    tables->insert(tables->end(), candidate->blocks.begin(), candidate->blocks.end());
+  }
+  // Unused entries are 0: a valid block, so that a kernel that prefetches stays in bounds.
   tables->resize(begin + plan_.table_width, 0);
-  auto out =
-      std::copy(search.prompt_table.begin(), search.prompt_table.end(), tables->begin() + begin);
-  if (candidate != nullptr) std::copy(candidate->blocks.begin(), candidate->blocks.end(), out);
 }
 
 const ScorePlan& Scheduler::plan_scores() {

@@ -92,6 +92,18 @@ void Search::branch_prompt() {
   for (int32_t id = 0; id < spec.pool_size(); ++id) pool[id].id = id;
 }
 
+namespace {
+
+template <typename T>
+std::vector<T> take(std::vector<std::vector<T>>* spares) {
+  if (spares->empty()) return {};
+  std::vector<T> buffer = std::move(spares->back());
+  spares->pop_back();
+  return buffer;
+}
+
+}  // namespace
+
 void Search::fork(std::vector<BlockCopy>* copies) {
   const int32_t W = spec.beam_width;
   const int32_t K = spec.num_candidates;
@@ -117,10 +129,13 @@ void Search::fork(std::vector<BlockCopy>* copies) {
       child.reward = survivor.reward;
       child.score = survivor.score;
       child.is_scored = survivor.is_finished();
-      // The last child takes the survivor's own table over, its partly filled block included.
-      child.blocks = c + 1 < K ? blocks_->fork(survivor.blocks,
-                                               survivor.length * !survivor.is_finished(), copies)
-                               : std::move(survivor.blocks);
+      child.recent = take(&spare_records_);
+      if (c + 1 < K) {
+        const int32_t num_written = survivor.is_finished() ? 0 : survivor.length;
+        child.blocks = blocks_->fork(survivor.blocks, num_written, copies, take(&spare_tables_));
+      } else {  // the survivor's own table, its partly filled block included
+        child.blocks = std::move(survivor.blocks);
+      }
       pool.push_back(std::move(child));
     }
   }
@@ -173,7 +188,7 @@ bool Search::select() {
     finalize(Finish::kAbort);
     return true;
   }
-  for (auto loser = order.begin() + num_kept; loser != order.end(); ++loser) release(*loser);
+  for (auto loser = order.begin() + num_kept; loser != order.end(); ++loser) drop(*loser);
   order.resize(num_kept);
   for (Candidate* survivor : order) {
     if (survivor->is_finished()) release(survivor);
@@ -213,6 +228,13 @@ void Search::report() {
 void Search::release(Candidate* candidate) {
   for (const int32_t block : candidate->blocks) num_blocks_held -= blocks_->free(block);
   candidate->blocks.clear();
+}
+
+void Search::drop(Candidate* candidate) {
+  release(candidate);
+  candidate->recent.clear();
+  spare_tables_.push_back(std::move(candidate->blocks));
+  spare_records_.push_back(std::move(candidate->recent));
 }
 
 void Search::release_all() {

@@ -134,9 +134,14 @@ class Search {
  private:
   void report();  // turns the pool into the result
   void release(Candidate* candidate);
+  void drop(Candidate* candidate);  // a loser: its buffers go to the next children
   void release_all();
 
   BlockPool* blocks_;
+  // Buffers of dropped candidates: W*K rows come and go at every fork, and the allocator of the C
+  // library would take longer than all the rest.
+  std::vector<std::vector<int32_t>> spare_tables_;
+  std::vector<std::vector<TokenRecord>> spare_records_;
 };
 
 }  // namespace ivg
