@@ -60,7 +60,6 @@ def first_batch(
         ),
         block_table=np.concatenate([tables, plan.row_tables[rows]]),
         logit_positions=ends - 1,
-        num_fresh_prompts=len(texts),
     )
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Protocol, cast
 
 import torch
@@ -106,28 +105,18 @@ class LayerCache:
 class PagedContext:
     """Attention of one packed batch over the pools of one runner."""
 
-    __slots__ = (
-        "all_rows",
-        "fresh_bounds",
-        "layers",
-        "longest_fresh",
-        "old_rows",
-        "slot_mapping",
-    )
+    __slots__ = ("layers", "metadata", "slot_mapping")
 
     def __init__(self, layers: list[LayerCache], batch: ForwardBatch) -> None:
         self.layers = layers
         self.slot_mapping = batch.slot_mapping
-        self.all_rows = _metadata(batch, 0, 0)
-        self.fresh_bounds: list[int] = []
-        self.longest_fresh = 0
-        self.old_rows: AttentionMetadata | None = None
-        num_fresh = batch.num_fresh_prompts
-        if num_fresh:
-            self.fresh_bounds = batch.query_start_loc[: num_fresh + 1].tolist()
-            self.longest_fresh = max(end - begin for begin, end in pairwise(self.fresh_bounds))
-            if num_fresh < batch.prompt_lens.shape[0]:
-                self.old_rows = _metadata(batch, num_fresh, self.fresh_bounds[-1])
+        self.metadata = AttentionMetadata.build(
+            block_table=batch.block_table,
+            query_start_loc=batch.query_start_loc,
+            prompt_lens=batch.prompt_lens,
+            response_lens=batch.response_lens,
+            response_block_start=batch.response_block_start,
+        )
 
     def attend(
         self,
@@ -150,69 +139,23 @@ class PagedContext:
         key_pool, value_pool = layer.key_pool, layer.value_pool
         write_kv(_by_token(key), key_pool, self.slot_mapping)
         write_kv(_by_token(value), value_pool, self.slot_mapping)
-        tokens = _by_token(query)
-        is_plain = softcap is None and s_aux is None
-        if is_plain and self.fresh_bounds and (window is None or window >= self.longest_fresh):
-            output = self._attend_fresh(query, key, value, scale)
-            if self.old_rows is not None:
-                start = self.fresh_bounds[-1]
-                paged_attention_prepared(
-                    tokens[start:],
-                    key_pool,
-                    value_pool,
-                    self.old_rows,
-                    scale=scale,
-                    sliding_window=window,
-                    out=output[start:],
-                )
-        else:
-            output = paged_attention_prepared(
-                tokens,
-                key_pool,
-                value_pool,
-                self.all_rows,
-                scale=scale,
-                sliding_window=window,
-                soft_cap=softcap,
-                sinks=None if s_aux is None else s_aux.float(),
-            )
+        output = paged_attention_prepared(
+            _by_token(query),
+            key_pool,
+            value_pool,
+            self.metadata,
+            scale=scale,
+            sliding_window=window,
+            soft_cap=softcap,
+            sinks=None if s_aux is None else s_aux.float(),
+        )
         return output.unsqueeze(0)
-
-    def _attend_fresh(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """Causal attention of each whole prompt over itself; the rows after them stay unset."""
-        _, num_heads, num_tokens, _ = query.shape
-        output = query.new_empty(num_tokens, num_heads, value.shape[-1])
-        for begin, end in pairwise(self.fresh_bounds):
-            attended = F.scaled_dot_product_attention(
-                query[:, :, begin:end],
-                key[:, :, begin:end],
-                value[:, :, begin:end],
-                is_causal=True,
-                scale=scale,
-                enable_gqa=num_heads != key.shape[1],
-            )
-            output[begin:end] = attended[0].transpose(0, 1)
-        return output
 
 
 def _by_token(states: torch.Tensor) -> torch.Tensor:
     """[1, H, T, D] -> [T, H, D] with the last dimension contiguous, a view where it already is."""
     tokens = states[0].transpose(0, 1)
     return tokens if tokens.stride(2) == 1 else tokens.contiguous()
-
-
-def _metadata(batch: ForwardBatch, first_row: int, first_token: int) -> AttentionMetadata:
-    """Metadata of the rows from `first_row` on, whose tokens start at `first_token`."""
-    query_start_loc = batch.query_start_loc[first_row:]
-    return AttentionMetadata.build(
-        block_table=batch.block_table[first_row:],
-        query_start_loc=query_start_loc - first_token if first_token else query_start_loc,
-        prompt_lens=batch.prompt_lens[first_row:],
-        response_lens=batch.response_lens[first_row:],
-        response_block_start=batch.response_block_start[first_row:],
-    )
 
 
 class ProbeContext:

@@ -30,7 +30,6 @@ class ForwardBatch:
         response_block_start  i32 [B]
         block_table           i32 [B, width]
         logit_positions       i64 [N]      packed indices whose logits or hidden states are wanted
-        num_fresh_prompts     rows [0, num_fresh_prompts) are whole prompts without a past
     """
 
     input_ids: torch.Tensor
@@ -42,7 +41,6 @@ class ForwardBatch:
     response_block_start: torch.Tensor
     block_table: torch.Tensor
     logit_positions: torch.Tensor
-    num_fresh_prompts: int = 0
 
     @classmethod
     def from_host(
@@ -57,7 +55,6 @@ class ForwardBatch:
         response_block_start: ArrayLike,
         block_table: ArrayLike,
         logit_positions: ArrayLike,
-        num_fresh_prompts: int = 0,
         device: torch.device | str = "cpu",
     ) -> ForwardBatch:
         """Makes a batch from NumPy arrays or lists.
@@ -79,5 +76,4 @@ class ForwardBatch:
             response_block_start=tensor(response_block_start, np.int32),
             block_table=tensor(block_table, np.int32),
             logit_positions=tensor(logit_positions, np.int64),
-            num_fresh_prompts=num_fresh_prompts,
         )

@@ -110,19 +110,15 @@ def _paged_logits(
     steps = []
     for step in range(1 + max(first + len(response) for first, _, response in _ROWS)):
         spans: list[tuple[int, int, int]] = []
-        num_fresh = 0
         for row, (first, prompt, response) in enumerate(_ROWS):
             lengths = (prompt, *response)
             if 0 <= step - first < len(lengths):
                 begin, end = done[row], min(len(texts[row]), done[row] + lengths[step - first])
                 done[row] = end
-                if step == first:
-                    spans.insert(num_fresh, (row, begin, end))
-                    num_fresh += 1
-                elif end > begin:
+                if end > begin:
                     spans.append((row, begin, end))
         if spans:
-            batch = _pack(texts, table, spans, num_fresh, runner.device)
+            batch = _pack(texts, table, spans, runner.device)
             logits = runner.forward(batch).float().split([end - begin for _, begin, end in spans])
             steps.append(
                 [(row, begin, x) for (row, begin, _), x in zip(spans, logits, strict=True)]
@@ -134,7 +130,6 @@ def _pack(
     texts: list[torch.Tensor],
     table: np.ndarray,
     spans: list[tuple[int, int, int]],
-    num_fresh: int,
     device: torch.device,
 ) -> ForwardBatch:
     """One batch of the positions [begin, end) of each (row, begin, end)."""
@@ -162,7 +157,6 @@ def _pack(
         response_block_start=starts,
         block_table=table[rows],
         logit_positions=np.arange(sum(lengths)),
-        num_fresh_prompts=num_fresh,
         device=device,
     )
 

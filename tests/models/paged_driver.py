@@ -54,20 +54,14 @@ class PagedDriver:
         return all(row.done == len(row.ids) for row in self.rows)
 
     def next_batch(self) -> tuple[ForwardBatch, list[tuple[int, int]]]:
-        """A random mixture of whole prompts, single tokens, chunks and pad rows.
+        """A random mixture of whole prompts, pieces of prompts, single tokens, chunks and pad rows.
 
         Also returns (row, position) of each wanted logit.
         """
         waiting = [i for i, row in enumerate(self.rows) if row.done < len(row.ids)]
         picked = [i for i in waiting if self.rng.random() < 0.7] or waiting[:1]
-        fresh = [i for i in picked if self.rows[i].done == 0]
-        old = [i for i in picked if self.rows[i].done > 0]
-        # Some whole prompts go among the others: the paged kernel must serve those as well.
-        num_fresh = int(self.rng.integers(0, len(fresh) + 1))
-        rest = fresh[num_fresh:] + old
-        self.rng.shuffle(rest)
-        pads = list(self.rng.random(len(rest)) < 0.2)
-        order = [(i, False) for i in fresh[:num_fresh]] + list(zip(rest, pads, strict=True))
+        self.rng.shuffle(picked)
+        order = list(zip(picked, self.rng.random(len(picked)) < 0.2, strict=True))
 
         ids, positions, slots, wanted, indices = [], [], [], [], []
         starts, prompts, responses = [0], [], []
@@ -75,7 +69,7 @@ class PagedDriver:
             row = self.rows[i]
             if is_pad:
                 count = 1
-            elif row.done == 0:
+            elif row.done == 0 and self.rng.random() < 0.5:
                 count = row.prompt_len
             else:
                 count = int(self.rng.choice([1, 1, 2, 5, 20]))
@@ -107,7 +101,6 @@ class PagedDriver:
             response_block_start=[self.rows[i].response_column for i, _ in order],
             block_table=table,
             logit_positions=indices,
-            num_fresh_prompts=num_fresh,
         )
         return batch, wanted
 
