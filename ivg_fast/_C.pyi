@@ -39,6 +39,8 @@ class BurstPlan:
     prompt_blocks: _I32
     num_samples: _I32
     prefill_request_ids: _I64
+    prefill_begin: _I32
+    prefill_end: _I32
     prefill_tables: _I32
     row_request: _I32
     row_token: _I32
@@ -84,6 +86,7 @@ class Scheduler:
         max_burst_steps: int,
         max_join_steps: int = -1,
         max_queued_requests: int = -1,
+        max_prefill_tokens: int = -1,
     ) -> None: ...
     def add_request(
         self,

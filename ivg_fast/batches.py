@@ -31,35 +31,43 @@ def first_batch(
     prompts: dict[int, Int64s],
     rows: Int64s,
 ) -> ForwardBatch:
-    """Whole prompts, then one token of each row.
+    """Pieces of prompts, then one token of each row.
+
+    Wanted are the outputs of the last tokens of prompts, then of the rows.
 
     Args:
         plan: of Scheduler.plan().
         requests: those of plan.request_ids.
         role: whose forward it is.
-        prompts: by index into plan.prefill_request_ids, the prompts that the role reads.
+        prompts: by index into plan.prefill_request_ids, the prompts that the role goes on reading.
         rows: indices of the plan's rows that it forwards.
     """
-    texts = list(prompts.values())
-    lens = np.array([len(text) for text in texts], np.int32)
-    tables = plan.prefill_tables[list(prompts)]
-    slots = [_slots(table, np.arange(n)) for table, n in zip(tables, lens, strict=True)]
+    which = list(prompts)
+    whole = np.array([len(prompt) for prompt in prompts.values()], np.int32)
+    begins = plan.prefill_begin[which]
+    stops = np.minimum(plan.prefill_end[which], whole)
+    spans = [np.arange(*span) for span in zip(begins, stops, strict=True)]
+    texts = [prompt[span] for prompt, span in zip(prompts.values(), spans, strict=True)]
+    tables = plan.prefill_tables[which]
+    slots = [_slots(table, span) for table, span in zip(tables, spans, strict=True)]
     of_request = plan.row_request[rows]
     position = plan.row_position[rows]
     row_prompt = prompt_lens(requests, role)[of_request]
+    lens = stops - begins
     ends = np.concatenate([np.cumsum(lens), lens.sum() + np.arange(1, len(rows) + 1)])
+    is_wanted = np.concatenate([stops == whole, np.ones(len(rows), bool)])
     return ForwardBatch.from_host(
         input_ids=np.concatenate([*texts, plan.row_token[rows]]),
-        position_ids=np.concatenate([*(np.arange(n) for n in lens), row_prompt + position]),
+        position_ids=np.concatenate([*spans, row_prompt + position]),
         slot_mapping=np.concatenate([*slots, plan.row_slot[rows]]),
         query_start_loc=np.concatenate([[0], ends]),
-        prompt_lens=np.concatenate([lens, row_prompt]),
+        prompt_lens=np.concatenate([stops, row_prompt]),
         response_lens=np.concatenate([np.zeros(len(lens), np.int32), position + 1]),
         response_block_start=np.concatenate(
-            [-(-lens // BLOCK_SIZE), plan.prompt_blocks[of_request]]
+            [-(-stops // BLOCK_SIZE), plan.prompt_blocks[of_request]]
         ),
         block_table=np.concatenate([tables, plan.row_tables[rows]]),
-        logit_positions=ends - 1,
+        logit_positions=ends[is_wanted] - 1,
     )
 
 

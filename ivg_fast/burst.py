@@ -112,7 +112,7 @@ class BurstRunner:
         burst.decode()
         for request in requests:
             request.prompt_outputs.clear()
-        for request in prefill:  # one that waits for its cohort keeps its own rows, not the batch
+        for request in prefill:  # one that does not start yet keeps its own rows, not the batch
             request.prompt_outputs = {r: row.clone() for r, row in request.prompt_outputs.items()}
         burst.find_stop_strings(history)
         burst.keep_values()
@@ -161,21 +161,25 @@ class _Burst:
     # --- the first step ----------------------------------------------------------------------
 
     def forward_first(self, prefill: Sequence[LiveRequest]) -> None:
+        begins, ends = self.plan.prefill_begin.tolist(), self.plan.prefill_end.tolist()
         for role, runner in self.runners.items():
             prompts = {
                 i: request.prompt_ids[role]
                 for i, request in enumerate(prefill)
-                if role in request.prompt_ids
+                if len(request.prompt_ids.get(role, ())) > begins[i]
             }
             rows = np.flatnonzero(self.plan.row_roles & ROLE_BIT[role])
             if not prompts and not len(rows):
                 continue
             batch = first_batch(self.plan, self.requests, role, prompts, rows)
             outputs = runner.hidden(batch) if role == "value" else runner.forward(batch)
-            for output, (i, prompt) in zip(outputs, prompts.items(), strict=False):
+            read = [i for i, prompt in prompts.items() if len(prompt) <= ends[i]]
+            for i, output in zip(read, outputs, strict=False):
                 prefill[i].prompt_outputs[role] = output
-                prefill[i].stats.prefill_tokens[role] = len(prompt)
-            self.rows[role] = (rows, outputs[len(prompts) :])
+            for i, prompt in prompts.items():
+                counts = prefill[i].stats.prefill_tokens
+                counts[role] = counts.get(role, 0) + min(len(prompt), ends[i]) - begins[i]
+            self.rows[role] = (rows, outputs[len(read) :])
 
     def draw_first(self) -> None:
         groups = list(self._groups())

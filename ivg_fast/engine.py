@@ -169,6 +169,7 @@ class Engine:
             max_burst_steps=self.config.max_burst_steps,
             max_join_steps=_or_minus_one(self.config.max_join_steps),
             max_queued_requests=_or_minus_one(self.config.max_queued_requests),
+            max_prefill_tokens=self.config.max_prefill_tokens,
         )
         pools = [pool for runner in runners for pool in runner.pools]
         token_scorer = TokenScorer(self._runners, self.vocab_size)

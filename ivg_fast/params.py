@@ -276,6 +276,8 @@ class EngineConfig:
         max_join_steps: a newcomer waits for the boundary of the requests of its chunk length,
             unless that is more steps away than this; None: always.
         max_queued_requests: requests that may wait; None: no limit.
+        max_prefill_tokens: prompt tokens that a role reads in one step; longer prompts take several
+            steps, between which others decode.
         num_threads: CPU threads of a step, of models and kernels; None: torch.get_num_threads().
     """
 
@@ -285,11 +287,13 @@ class EngineConfig:
     max_burst_steps: int = 16
     max_join_steps: int | None = None
     max_queued_requests: int | None = None
+    max_prefill_tokens: int = 2048
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
         _integer("max_num_rows", self.max_num_rows, 1, _MAX_COUNT)
         _integer("max_burst_steps", self.max_burst_steps, 1, _MAX_COUNT)
+        _integer("max_prefill_tokens", self.max_prefill_tokens, 1, _MAX_COUNT)
         _number("kv_memory_fraction", self.kv_memory_fraction, 0.0, 1.0, open_low=True)
         minimums = {
             "num_blocks": 1,

@@ -86,6 +86,17 @@ def test_every_burst_length_gives_the_same(burst: int) -> None:
     assert_same(run_engine(engine("llama", max_burst_steps=burst), cases), results, cases)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 4])
+def test_prompts_read_in_pieces(num_tokens: int) -> None:
+    """While others decode, and beside prompts that are read at once."""
+    cases, results = solved("gemma2")
+    engine_ = engine("gemma2", max_burst_steps=4, max_prefill_tokens=num_tokens)
+    outputs = run_arrivals(engine_, cases, random.Random(f"{SEED} pieces"))
+    assert_same(outputs, results, cases)
+    for output in outputs:
+        assert set(output.stats.prefill_tokens.values()) == {len(output.prompt_token_ids)}
+
+
 def test_one_at_a_time() -> None:
     cases, results = solved("gpt2")
     outputs = [run_engine(engine("gpt2", max_burst_steps=8), [case])[0] for case in cases]

@@ -97,6 +97,8 @@ void bind_plans(py::module_& m) {
   def_array(burst, "prompt_blocks", &BurstPlan::prompt_blocks);
   def_array(burst, "num_samples", &BurstPlan::num_samples);
   def_array(burst, "prefill_request_ids", &BurstPlan::prefill_request_ids);
+  def_array(burst, "prefill_begin", &BurstPlan::prefill_begin);
+  def_array(burst, "prefill_end", &BurstPlan::prefill_end);
   def_matrix(burst, "prefill_tables", &BurstPlan::prefill_tables, &BurstPlan::table_width);
   def_array(burst, "row_request", &BurstPlan::row_request);
   def_array(burst, "row_token", &BurstPlan::row_token);
@@ -198,8 +200,8 @@ void bind_scheduler(py::module_& m) {
   py::class_<Scheduler>(m, "Scheduler",
                         "Admission, cohorts, bursts, selection: see csrc/scheduler/scheduler.h.")
       .def(py::init([](int32_t num_blocks, int32_t num_roles, int32_t max_num_rows,
-                       int32_t max_burst_steps, int32_t max_join_steps,
-                       int32_t max_queued_requests) {
+                       int32_t max_burst_steps, int32_t max_join_steps, int32_t max_queued_requests,
+                       int32_t max_prefill_tokens) {
              SchedulerConfig config;
              config.num_blocks = num_blocks;
              config.num_roles = num_roles;
@@ -207,11 +209,12 @@ void bind_scheduler(py::module_& m) {
              config.max_burst_steps = max_burst_steps;
              config.max_join_steps = max_join_steps;
              config.max_queued_requests = max_queued_requests;
+             config.max_prefill_tokens = max_prefill_tokens;
              return std::make_unique<Scheduler>(config);
            }),
            py::kw_only(), py::arg("num_blocks"), py::arg("num_roles"), py::arg("max_num_rows"),
            py::arg("max_burst_steps"), py::arg("max_join_steps") = -1,
-           py::arg("max_queued_requests") = -1)
+           py::arg("max_queued_requests") = -1, py::arg("max_prefill_tokens") = -1)
       .def(
           "add_request",
           [](Scheduler& s, std::vector<int32_t> prompt_lens, uint32_t step_roles,

@@ -20,9 +20,9 @@ void BurstPlan::clear() {
   num_steps = table_width = 0;
   for (auto* ids : {&request_ids, &prefill_request_ids, &sample_seed}) ids->clear();
   for (auto* array :
-       {&prompt_blocks, &num_samples, &prefill_tables, &row_request, &row_token, &row_position,
-        &row_slot, &row_tables, &sample_request, &sample_row, &sample_candidate, &sample_position,
-        &sample_steps, &sample_slots, &sample_tables}) {
+       {&prompt_blocks, &num_samples, &prefill_begin, &prefill_end, &prefill_tables, &row_request,
+        &row_token, &row_position, &row_slot, &row_tables, &sample_request, &sample_row,
+        &sample_candidate, &sample_position, &sample_steps, &sample_slots, &sample_tables}) {
     array->clear();
   }
   row_roles.clear();
@@ -78,14 +78,17 @@ const BurstPlan& Scheduler::plan() {
   plan_.clear();
   admit();
 
-  std::vector<Request*> taking_part;
-  int32_t max_table = 0;
   for (const auto& request : running_) {
-    const Search& search = request->search;
-    max_table =
-        std::max(max_table, search.spec.prompt_blocks() + blocks_for(search.spec.max_tokens));
+    const RequestSpec& spec = request->search.spec;
+    plan_.table_width =
+        std::max(plan_.table_width, spec.prompt_blocks() + blocks_for(spec.max_tokens));
+  }
+  plan_prefill();
+  std::vector<Request*> taking_part;
+  for (const auto& request : running_) {
+    const bool is_prefilled = request->num_prefilled == request->search.spec.longest_prompt();
     if (request->state == State::kRunning ||
-        (request->state == State::kReady && may_start(*request))) {
+        (request->state == State::kReady && is_prefilled && may_start(*request))) {
       taking_part.push_back(request.get());
     }
   }
@@ -99,13 +102,6 @@ const BurstPlan& Scheduler::plan() {
     return ga != gb ? ga < gb : starts(a) < starts(b);
   });
 
-  plan_.table_width = max_table;
-  for (const auto& request : running_) {
-    if (request->is_prefilled) continue;
-    request->is_prefilled = true;
-    plan_.prefill_request_ids.push_back(request->id);
-    write_table(request->search, nullptr, &plan_.prefill_tables);
-  }
   plan_.num_steps = burst_steps(taking_part);
   for (Request* request : taking_part) plan_request(request);
 
@@ -122,6 +118,24 @@ const BurstPlan& Scheduler::plan() {
   }
   is_in_flight_ = num_samples > 0;
   return plan_;
+}
+
+// A long prompt is read in pieces, so that those who decode meanwhile wait for no more than a
+// piece.
+void Scheduler::plan_prefill() {
+  int32_t budget = config_.max_prefill_tokens < 0 ? INT32_MAX : config_.max_prefill_tokens;
+  for (const auto& request : running_) {
+    const int32_t left = request->search.spec.longest_prompt() - request->num_prefilled;
+    if (left == 0) continue;
+    if (budget == 0) return;
+    const int32_t num_tokens = std::min(left, budget);
+    if (config_.max_prefill_tokens >= 0) budget -= num_tokens;
+    plan_.prefill_request_ids.push_back(request->id);
+    plan_.prefill_begin.push_back(request->num_prefilled);
+    request->num_prefilled += num_tokens;
+    plan_.prefill_end.push_back(request->num_prefilled);
+    write_table(request->search, nullptr, &plan_.prefill_tables);
+  }
 }
 
 void Scheduler::plan_request(Request* request) {

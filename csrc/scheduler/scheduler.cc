@@ -32,6 +32,8 @@ Scheduler::Scheduler(const SchedulerConfig& config) : config_(config), blocks_(c
           "must be at least -1");
   require(config.max_queued_requests >= -1, "max_queued_requests", config.max_queued_requests,
           "must be at least -1");
+  require(config.max_prefill_tokens == -1 || config.max_prefill_tokens >= 1, "max_prefill_tokens",
+          config.max_prefill_tokens, "must be -1 or at least 1");
 }
 
 void Scheduler::validate(const RequestSpec& spec) const {

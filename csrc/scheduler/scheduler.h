@@ -37,6 +37,7 @@ struct SchedulerConfig {
   int32_t max_burst_steps = 16;
   int32_t max_join_steps = -1;       // -1: a newcomer always waits for its cohort's boundary
   int32_t max_queued_requests = -1;  // -1: no limit
+  int32_t max_prefill_tokens = -1;   // prompt tokens of a plan, a role; -1: no limit
 };
 
 // What the device does next. Arrays stay valid until the next plan(). R rows are forwarded first
@@ -51,9 +52,12 @@ struct BurstPlan {
   std::vector<int32_t> prompt_blocks;  // Bp: where the response's blocks begin in a table
   std::vector<int32_t> num_samples;    // its samples are contiguous, in this order
 
-  // Newly admitted requests, to be prefilled in every role of theirs, and their prompt's block
-  // tables.
+  // Admitted requests whose prompts are read now, first come first served: every role of theirs
+  // forwards its prompt's tokens [begin, end), as far as its prompt goes. Whose prompts have been
+  // read to the end may start in the same plan.
   std::vector<int64_t> prefill_request_ids;
+  std::vector<int32_t> prefill_begin;   // [P]
+  std::vector<int32_t> prefill_end;     // [P]
   std::vector<int32_t> prefill_tables;  // [P, table_width]
 
   // Step 0. A row's token has response index `row_position` and is written to `row_slot`.
@@ -171,7 +175,7 @@ class Scheduler {
     int64_t id;
     Search search;
     State state = State::kWaiting;
-    bool is_prefilled = false;
+    int32_t num_prefilled = 0;            // of the longest prompt's tokens
     bool is_handed_out = false;           // scoring: its rows were in a score plan
     bool is_in_flight = false;            // part of the plan that runs now
     Finish abort_reason = Finish::kNone;  // to be ended at the commit
@@ -185,6 +189,7 @@ class Scheduler {
   void admit();
   bool may_start(const Request& request) const;
   int32_t burst_steps(const std::vector<Request*>& taking_part) const;
+  void plan_prefill();
   void plan_request(Request* request);
   void find_twins(const Search& search, int32_t first_row);
   void write_table(const Search& search, const Candidate* candidate,

@@ -57,9 +57,11 @@ bool Candidate::has_same_tokens(const Candidate& other) const {
                             : have_same_tokens(history(), other.history());
 }
 
-int32_t RequestSpec::prompt_blocks() const {
-  return blocks_for(*std::max_element(prompt_lens.begin(), prompt_lens.end()));
+int32_t RequestSpec::longest_prompt() const {
+  return *std::max_element(prompt_lens.begin(), prompt_lens.end());
 }
+
+int32_t RequestSpec::prompt_blocks() const { return blocks_for(longest_prompt()); }
 
 int64_t RequestSpec::worst_case_blocks() const {
   const int64_t rows = pool_size();

@@ -85,7 +85,8 @@ struct RequestSpec {
   bool score_eos_on_truncation = false;
 
   int32_t pool_size() const { return beam_width * num_candidates; }
-  int32_t prompt_blocks() const;  // Bp
+  int32_t longest_prompt() const;  // tokens, over the roles
+  int32_t prompt_blocks() const;   // Bp
   // The most blocks that the request can ever hold at once.
   int64_t worst_case_blocks() const;
 };

@@ -149,6 +149,42 @@ TEST_CASE("finished candidates leave the batch at the next burst, shorter reques
   CHECK(scheduler.take_result(1).candidates[0].finish == Finish::kLength);
 }
 
+TEST_CASE("prompts are read in pieces, first come first served, while others decode") {
+  SchedulerConfig config = make_config(1000, 4);
+  config.num_roles = 2;
+  config.max_prefill_tokens = 10;
+  Scheduler scheduler(config);
+  const auto add = [&](int32_t base, int32_t guide) {
+    RequestSpec spec = make_spec(1, 1, 0, 40);
+    spec.prompt_lens = {base, guide};
+    spec.step_roles = 0b11;
+    return scheduler.add_request(spec);
+  };
+  const auto step = [&](const Ids& prefill, const Ints& begin, const Ints& end, const Ids& runs) {
+    const BurstPlan& plan = scheduler.plan();
+    CHECK(plan.prefill_request_ids == prefill);
+    CHECK(plan.prefill_begin == begin);
+    CHECK(plan.prefill_end == end);
+    CHECK(plan.request_ids == runs);
+    if (!plan.sample_request.empty()) scheduler.commit_tokens(Samples(plan).view());
+    scheduler.check_integrity();
+  };
+  add(4, 6);
+  add(25, 3);
+  add(1, 2);
+  step({0, 1}, {0, 0}, {6, 4}, {0});  // the longer of a request's prompts counts
+  step({1}, {4}, {14}, {0});
+  step({1}, {14}, {24}, {0});
+  step({1, 2}, {24, 0}, {25, 2}, {0, 1, 2});
+  step({}, {}, {}, {0, 1, 2});
+  CHECK(add(30, 30) == 3);
+  step({3}, {0}, {10}, {0, 1, 2});
+  CHECK(scheduler.abort(3));  // half read
+  step({}, {}, {}, {0, 1, 2});
+  config.max_prefill_tokens = 0;
+  CHECK_THROWS_AS(Scheduler{config}, InvalidParameter);
+}
+
 TEST_CASE("candidates that drew the same text are each other's twins, over their whole history") {
   Scheduler scheduler(make_config());
   scheduler.add_request(make_spec(2, 2, 2, 10));

@@ -89,8 +89,10 @@ class Device:
         """Runs a plan; the arguments of commit_tokens."""
         plan = snapshot(view)
         self.check_plan(plan)
-        for request_id, table in zip(plan.prefill_request_ids, plan.prefill_tables, strict=True):
-            self.prefill(int(request_id), table)
+        prefill = (plan.prefill_request_ids, plan.prefill_tables, plan.prefill_begin)
+        for request_id, table, begin, end in zip(*prefill, plan.prefill_end, strict=True):
+            if self.bug != "first_piece_only" or begin == 0:
+                self.prefill(int(request_id), table, int(begin), int(end))
         self.take_fresh_blocks(plan)
         if self.bug == "copy_before_settle":
             self.copy_blocks(plan)
@@ -99,12 +101,13 @@ class Device:
             self.copy_blocks(plan)
         return self.sample(plan, logits)
 
-    def prefill(self, request_id: int, table: np.ndarray) -> None:
+    def prefill(self, request_id: int, table: np.ndarray, begin: int, end: int) -> None:
         lens = self.requests[request_id].prompt_lens
-        for block in table[: blocks_for(max(lens))]:
-            self.forget(int(block))
+        if begin == 0:
+            for block in table[: blocks_for(max(lens))]:
+                self.forget(int(block))
         for role, num_tokens in enumerate(lens):
-            for i in range(num_tokens):
+            for i in range(begin, min(end, num_tokens)):
                 slot = int(table[i // BLOCK_SIZE]) * BLOCK_SIZE + i % BLOCK_SIZE
                 self.write(role, slot, self.prompt_token(request_id, role, i))
 

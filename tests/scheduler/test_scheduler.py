@@ -127,7 +127,9 @@ def test_several_requests_match_the_search_model(seed: int, max_burst_steps: int
     arrival = random.Random(1000 * seed + max_burst_steps)  # differs between the burst lengths
     arrival.shuffle(requests)
     scheduler = make_scheduler(
-        max_burst_steps=max_burst_steps, max_join_steps=arrival.randint(-1, 3)
+        max_burst_steps=max_burst_steps,
+        max_join_steps=arrival.randint(-1, 3),
+        max_prefill_tokens=arrival.choice([-1, 1, 7, 16, 40]),
     )
     run = Run(scheduler)
     waiting = list(requests)
@@ -158,7 +160,12 @@ def test_the_random_requests_cover_what_they_should() -> None:
 @pytest.mark.parametrize("seed", range(10))
 def test_aborts_and_late_scores_harm_no_neighbour(seed: int) -> None:
     rng = random.Random(seed)
-    scheduler = make_scheduler(num_blocks=300, max_burst_steps=rng.randint(1, 8), max_join_steps=2)
+    scheduler = make_scheduler(
+        num_blocks=300,
+        max_burst_steps=rng.randint(1, 8),
+        max_join_steps=2,
+        max_prefill_tokens=rng.choice([-1, 5, 20]),
+    )
     aborted: dict[int, int] = {}
 
     class Disturbed(Run):
@@ -220,11 +227,17 @@ PRESSING = Request(
 
 @pytest.mark.parametrize(
     "bug",
-    ["skip_copies", "copy_before_settle", "settle_step_roles_only", "neighbours_row"],
+    [
+        "skip_copies",
+        "copy_before_settle",
+        "settle_step_roles_only",
+        "neighbours_row",
+        "first_piece_only",
+    ],
 )
 def test_planted_bug_is_caught(bug: str) -> None:
     def run(planted: str) -> None:
-        run = Run(make_scheduler(), bug=planted)
+        run = Run(make_scheduler(max_prefill_tokens=10), bug=planted)
         run.add(PRESSING)
         for result in run.to_the_end().values():
             assert_same(result, PRESSING)
