@@ -18,10 +18,13 @@ from ivg_fast.errors import (
 from ivg_fast.models.value_head import ValueHeadModel
 from ivg_fast.outputs import CandidateOutput, RequestOutput, SearchStats
 from ivg_fast.params import EngineConfig, ScoreInput, SearchParams
+from ivg_fast.rendering import Prompt
+from ivg_fast.templates import TEMPLATES, Preset, Template, preset
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "TEMPLATES",
     "CandidateOutput",
     "CapacityError",
     "Engine",
@@ -29,13 +32,17 @@ __all__ = [
     "IVGError",
     "InvalidParameterError",
     "NonFiniteLogitsError",
+    "Preset",
+    "Prompt",
     "QueueFullError",
     "RequestOutput",
     "ScoreInput",
     "ScorerError",
     "SearchParams",
     "SearchStats",
+    "Template",
     "UnsupportedModelError",
     "ValueHeadModel",
     "VocabularyMismatchError",
+    "preset",
 ]

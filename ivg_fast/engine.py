@@ -4,18 +4,16 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from ivg_fast import _C
-from ivg_fast.burst import BurstResult, BurstRunner
+from ivg_fast.burst import BurstRunner
 from ivg_fast.errors import (
     InvalidParameterError,
     IVGError,
@@ -23,20 +21,20 @@ from ivg_fast.errors import (
     VocabularyMismatchError,
 )
 from ivg_fast.kv_budget import affordable_blocks
+from ivg_fast.loop import Ended, RequestLoop
 from ivg_fast.models.loading import load_model, load_tokenizer
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.value_head import ValueHeadModel, load_value_model
 from ivg_fast.models.values import TokenScorer
-from ivg_fast.models.vocabulary import check_same_vocabulary, check_tokenizer
+from ivg_fast.models.vocabulary import check_same_vocabulary, load_guide_tokenizer
 from ivg_fast.ops.kv_cache import BlockCopier
 from ivg_fast.outputs import RequestOutput
 from ivg_fast.params import EngineConfig, SearchParams
-from ivg_fast.prompts import PromptInput, RequestFactory, as_prompt_list
-from ivg_fast.request import ROLES, LiveRequest
+from ivg_fast.prompts import RequestFactory
+from ivg_fast.rendering import PromptInput, PromptRenderer, as_prompt_list
+from ivg_fast.request import ROLES
 from ivg_fast.scoring import ChunkScorer
-
-# A request that has ended: its id, and its output or what it failed with.
-Ended = tuple[int, RequestOutput | BaseException]
+from ivg_fast.templates import Template
 
 
 class Engine:
@@ -50,9 +48,14 @@ class Engine:
         tuned, untuned: the pair of the implicit value function; both or none. They share the base
             model's token ids.
         value: the explicit value function, a ValueHeadModel that shares them too.
+        tokenizers: of the other roles that have their own, by role: its chat template and special
+            tokens then hold for that role. The pair's name the same pieces by the same ids.
+        templates: by role, the Template, or its name (see ivg_fast.templates.TEMPLATES), through
+            which that role reads the text of a prompt.
         config: see EngineConfig.
 
     Raises:
+        InvalidParameterError: an argument that cannot be, by name.
         UnsupportedModelError: a model that cannot be served.
         VocabularyMismatchError: models whose token ids differ.
         CapacityError: no room for a KV pool.
@@ -66,12 +69,16 @@ class Engine:
         tuned: nn.Module | None = None,
         untuned: nn.Module | None = None,
         value: nn.Module | None = None,
+        tokenizers: Mapping[str, Any] | None = None,
+        templates: Mapping[str, str | Template] | None = None,
         config: EngineConfig | None = None,
     ) -> None:
         self.config = EngineConfig() if config is None else config
         if not isinstance(self.config, EngineConfig):
             raise InvalidParameterError("config", config, "must be an EngineConfig")
         self.tokenizer = tokenizer
+        self._tokenizers = _tokenizers_by_role(tokenizer, tokenizers)
+        self._renderer = PromptRenderer(self._tokenizers, templates)
         if (tuned is None) != (untuned is None):
             missing = "tuned" if tuned is None else "untuned"
             raise InvalidParameterError(
@@ -79,7 +86,6 @@ class Engine:
             )
         models = {"base": base_model, "tuned": tuned, "untuned": untuned, "value": value}
         self._runners: dict[str, ModelRunner] = {}
-        self._is_busy = False
         try:
             for role, model in models.items():
                 if model is None and role != "base":
@@ -104,6 +110,7 @@ class Engine:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str = "auto",
+        templates: Mapping[str, str | Template] | None = None,
         config: EngineConfig | None = None,
     ) -> Self:
         """Loads every model from a folder (or hub name) in safetensors; checks the vocabularies.
@@ -113,6 +120,7 @@ class Engine:
             value: a vocabulary-head value model: a backbone and `score_head.weight`.
             device: None: the CPU.
             dtype: "auto": the checkpoint's; float16 becomes float32 on the CPU.
+            templates: as for the constructor; each role has the tokenizer beside its weights.
             config: see EngineConfig.
 
         Raises:
@@ -122,14 +130,22 @@ class Engine:
             raise InvalidParameterError("device", str(device), "must be the CPU")
         tokenizer = load_tokenizer(base)
         models: dict[str, Any] = dict.fromkeys(ROLES)
+        tokenizers = {}
         for role, path in zip(ROLES, (base, tuned, untuned, value), strict=True):
             if path is None:
                 continue
             loader = load_value_model if role == "value" else load_model
             models[role] = loader(path, device=device, dtype=dtype)
             if role != "base":
-                check_tokenizer(tokenizer, path, role)
-        return cls(models.pop("base"), tokenizer, config=config, **models)
+                tokenizers[role] = load_guide_tokenizer(tokenizer, path, role)
+        return cls(
+            models.pop("base"),
+            tokenizer,
+            tokenizers={role: own for role, own in tokenizers.items() if own is not None},
+            templates=templates,
+            config=config,
+            **models,
+        )
 
     def _set_up(self) -> None:
         base = self._runners["base"]
@@ -144,8 +160,9 @@ class Engine:
             self.vocab_size = min(self.vocab_size, runner.vocab_size)
         if self.tokenizer is not None:
             for role, runner in self._runners.items():
+                own = self._tokenizers.get(role)
                 size = check_same_vocabulary(
-                    self.tokenizer, None, base.vocab_size, runner.vocab_size, other_name=role
+                    self.tokenizer, own, base.vocab_size, runner.vocab_size, other_name=role
                 )
                 self.vocab_size = min(self.vocab_size, size)
         eos = getattr(self.tokenizer, "eos_token_id", None)
@@ -173,20 +190,20 @@ class Engine:
         )
         pools = [pool for runner in runners for pool in runner.pools]
         token_scorer = TokenScorer(self._runners, self.vocab_size)
-        self._burst = BurstRunner(
+        burst = BurstRunner(
             self._runners, self.vocab_size, BlockCopier(pools).copy, token_scorer, self.tokenizer
         )
-        self._scorer = ChunkScorer(self._runners, token_scorer, eos_id, self.tokenizer)
+        scorer = ChunkScorer(self._runners, token_scorer, eos_id, self.tokenizer)
+        self._loop = RequestLoop(self._scheduler, burst, scorer, self.tokenizer, self.config)
         self._factory = RequestFactory(
             self._runners,
             self.tokenizer,
+            self._renderer,
             self.vocab_size,
             self.config.max_num_rows,
             eos_ids,
             eos_id,
         )
-        self._live: dict[int, LiveRequest] = {}
-        self._uncollected: list[Ended] = []  # for the next step() to return
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -220,14 +237,16 @@ class Engine:
         outputs: dict[int, RequestOutput] = {}
         failures: list[tuple[int, BaseException]] = []
         ids: dict[int, int] = {}
+        pending = deque(enumerate(requests))
         try:
-            for index, request in enumerate(requests):
-                ids[self._submit(request)] = index
             with tqdm(total=len(requests), desc="ivg", unit="prompt", disable=not use_tqdm) as bar:
-                while len(outputs) + len(failures) < len(requests):
-                    for request_id, output in self._run_step():
+                while pending or ids:
+                    while pending and self._loop.has_room:
+                        index, request = pending.popleft()
+                        ids[self._loop.submit(request)] = index
+                    for request_id, output in self._loop.run_step():
                         if request_id not in ids:
-                            self._uncollected.append((request_id, output))
+                            self._loop.uncollected.append((request_id, output))
                             continue
                         index = ids.pop(request_id)
                         if isinstance(output, RequestOutput):
@@ -236,7 +255,7 @@ class Engine:
                             failures.append((index, output))
                         bar.update()
         finally:
-            self._drop(ids)
+            self._loop.drop(ids)
         if failures:
             index, error = min(failures, key=lambda failure: failure[0])
             error.add_note(f"prompt {index} of {len(requests)} failed")
@@ -255,7 +274,7 @@ class Engine:
         if not self._runners:
             raise IVGError("the engine is closed")
         (request,) = self._factory.create([prompt], params, None if seed is None else [seed])
-        return self._submit(request)
+        return self._loop.submit(request)
 
     def abort(self, request_id: int) -> bool:
         """Ends a request; the next step returns what it has. False if it has ended already."""
@@ -268,112 +287,18 @@ class Engine:
             The requests that ended: (request id, output, or the error that it failed with).
         """
         self._check_usable()
-        ended, self._uncollected = self._uncollected, []
-        return ended + self._run_step()
+        return self._loop.step()
 
     def _check_usable(self) -> None:
         if not self._runners:
             raise IVGError("the engine is closed")
-        if self._is_busy:
+        if self._loop.is_busy:
             raise IVGError("a scorer cannot run the engine that waits for its scores")
-
-    def _run_step(self) -> list[Ended]:
-        now = time.monotonic()
-        for request in self._live.values():
-            if request.deadline is not None and now >= request.deadline:
-                self._scheduler.abort(request.request_id, is_deadline=True)
-        plan = self._scheduler.plan()
-        prefill = [self._live[i] for i in plan.prefill_request_ids.tolist()]
-        taking_part = [self._live[i] for i in plan.request_ids.tolist()]
-        result = BurstResult.empty(0, len(plan.sample_request))
-        with self._failing((*taking_part, *prefill)):
-            result = self._burst.run(plan, taking_part, prefill, self._scheduler.history)
-        if taking_part:
-            self._scheduler.commit_tokens(
-                result.tokens,
-                result.logprobs,
-                result.base_logprobs,
-                result.rewards,
-                result.num_tokens,
-                result.finish,
-                result.stop_index,
-            )
-        self._score()
-        ended = self._collect()
-        for _, output in ended:
-            if not isinstance(output, RequestOutput | Exception):
-                self._uncollected += ended
-                raise output
-        return ended
 
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has anything left to run or to return."""
-        return bool(self._live or self._uncollected)
-
-    def _score(self) -> None:
-        plan = self._scheduler.plan_scores()
-        requests = [self._live[i] for i in plan.request_ids.tolist()]
-        if not requests:
-            return
-        scores, rewards = np.empty(0), None
-        with self._failing(requests):
-            scores, rewards = self._scorer.run(plan, requests, self._scheduler.history)
-        begin = 0
-        for request, num_rows in zip(requests, plan.num_rows.tolist(), strict=True):
-            mine = slice(begin, begin + num_rows)
-            begin += num_rows
-            if request.error is None:
-                measured = (
-                    rewards[mine] if rewards is not None and request.is_scored_by_pair else None
-                )
-                self._scheduler.commit_scores(request.request_id, scores[mine], measured)
-
-    @contextmanager
-    def _failing(self, requests: Sequence[LiveRequest]) -> Iterator[None]:
-        """Work for these requests: where it raises, they fail; those with an error are ended."""
-        self._is_busy = True
-        try:
-            with (
-                _torch_threads(self.config.num_threads),
-                torch.inference_mode(),
-                torch.profiler.record_function("ivg::step"),
-            ):
-                yield
-        except BaseException as error:  # an interrupt too: the books must close first
-            for request in requests:
-                request.error = error
-        self._is_busy = False
-        for request in requests:
-            if request.error is not None:
-                self._scheduler.abort(request.request_id)
-
-    def _collect(self) -> list[Ended]:
-        ended: list[Ended] = []
-        for request_id in self._scheduler.take_finished():
-            result = self._scheduler.take_result(request_id)
-            request = self._live.pop(request_id)
-            output: RequestOutput | BaseException | None = request.error
-            if output is None:
-                try:
-                    output = request.output(result, self.tokenizer)
-                except Exception as error:  # a tokenizer that fails on one text fails no other
-                    output = error
-            ended.append((request_id, output))
-        return ended
-
-    def _drop(self, request_ids: Container[int]) -> None:
-        """Ends requests whose results nobody waits for."""
-        for request_id in list(self._live):
-            if request_id in request_ids:
-                self._scheduler.abort(request_id)
-        ended = self._uncollected + self._collect()
-        self._uncollected = [end for end in ended if end[0] not in request_ids]
-
-    def _submit(self, request: LiveRequest) -> int:
-        request.request_id = self._scheduler.add_request(**request.spec())
-        self._live[request.request_id] = request
-        return request.request_id
+        return self._loop.has_unfinished
 
     # --- life ------------------------------------------------------------------------------------
 
@@ -390,8 +315,9 @@ class Engine:
         # The first of several roles that share a module saw its own attention: it goes last.
         for runner in reversed(self._runners.values()):
             runner.close()
+        if self._runners and hasattr(self, "_loop"):
+            self._loop.close()
         self._runners = {}
-        vars(self).pop("_burst", None)  # its block copier holds the pools too
 
     def __enter__(self) -> Self:
         return self
@@ -400,15 +326,17 @@ class Engine:
         self.close()
 
 
-@contextmanager
-def _torch_threads(num_threads: int | None) -> Iterator[None]:
-    """Models and kernels of this thread run on `num_threads` threads; None: leaves it as it is."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _tokenizers_by_role(base: Any, others: Mapping[str, Any] | None) -> dict[str, Any]:
+    if others is not None and not isinstance(others, Mapping):
+        raise InvalidParameterError("tokenizers", others, "must be tokenizers by role")
+    tokenizers = {"base": base}
+    for role, tokenizer in (others or {}).items():
+        if role not in ROLES[1:]:
+            raise InvalidParameterError(
+                "tokenizers", role, f"must be for a role of {ROLES[1:]}; `tokenizer` is the base's"
+            )
+        tokenizers[role] = tokenizer
+    return tokenizers
 
 
 def _or_minus_one(value: int | None) -> int:

@@ -4,19 +4,16 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from ivg_fast.errors import CapacityError, InvalidParameterError
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.params import SearchParams
-from ivg_fast.request import GUIDES, ROLES, LiveRequest, RolePrompt
-
-# A text, chat messages, or token ids.
-PromptInput = str | Sequence[Mapping[str, str]] | Sequence[int]
+from ivg_fast.rendering import PromptInput, PromptRenderer
+from ivg_fast.request import GUIDES, LiveRequest
 
 _MASK64 = 2**64 - 1
 
@@ -27,6 +24,7 @@ class RequestFactory:
     Args:
         runners: the models by role.
         tokenizer: the base model's, or None.
+        renderer: writes a prompt for each role.
         vocab_size: ids that all models share.
         max_num_rows: rows of a batch.
         eos_ids: ids that end a text; `eos_id`: the one that scoring appends, None if there is none.
@@ -36,6 +34,7 @@ class RequestFactory:
         self,
         runners: Mapping[str, ModelRunner],
         tokenizer: Any,
+        renderer: PromptRenderer,
         vocab_size: int,
         max_num_rows: int,
         eos_ids: Sequence[int],
@@ -43,6 +42,7 @@ class RequestFactory:
     ) -> None:
         self._runners = runners
         self._tokenizer = tokenizer
+        self._renderer = renderer
         self._vocab_size = vocab_size
         self._max_num_rows = max_num_rows
         self._eos_ids = eos_ids
@@ -84,45 +84,18 @@ class RequestFactory:
                 seed = secrets.randbits(64)
             else:
                 seed = derive_seed(p.seed, index) if isinstance(params, SearchParams) else p.seed
-            text, token_ids = self._encode(prompt)
-            role_prompt = RolePrompt(text, np.asarray(token_ids, dtype=np.int64))
-            request = LiveRequest.create(p, dict.fromkeys(ROLES, role_prompt), seed, self._eos_ids)
-            self._check(request)
+            self._check_params(p)
+            rendered = self._renderer.render(prompt, _roles_of(p))
+            request = LiveRequest.create(p, rendered, seed, self._eos_ids)
+            self._check_prompt(prompt, request)
             requests.append(request)
         return requests
-
-    def _encode(self, prompt: PromptInput) -> tuple[str | None, Sequence[int]]:
-        if isinstance(prompt, str):
-            self._need_tokenizer("prompts", prompt)
-            return prompt, self._tokenizer(prompt).input_ids
-        if isinstance(prompt, np.ndarray | torch.Tensor):
-            prompt = prompt.tolist()
-        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-            raise InvalidParameterError("prompts", prompt, _WANTED)
-        if len(prompt) and isinstance(prompt[0], Mapping):
-            self._need_tokenizer("prompts", "chat messages")
-            if getattr(self._tokenizer, "chat_template", None) is None:
-                raise InvalidParameterError(
-                    "prompts", "chat messages", "need a tokenizer with a chat template"
-                )
-            try:
-                text = self._tokenizer.apply_chat_template(
-                    prompt, tokenize=False, add_generation_prompt=True
-                )
-            except Exception as error:  # whatever the template raises
-                raise InvalidParameterError(
-                    "prompts", prompt, f"must suit the chat template ({error})"
-                ) from error
-            # The template has written the special tokens already.
-            return text, self._tokenizer(text, add_special_tokens=False).input_ids
-        return None, [_token_id(token) for token in prompt]
 
     def _need_tokenizer(self, name: str, value: object) -> None:
         if self._tokenizer is None:
             raise InvalidParameterError(name, value, "need an engine with a tokenizer")
 
-    def _check(self, request: LiveRequest) -> None:
-        p = request.params
+    def _check_params(self, p: SearchParams) -> None:
         for name, wanted in (("guidance", p.guidance), ("scorer", p.scorer)):
             missing = (
                 [] if callable(wanted) else [r for r in GUIDES[wanted] if r not in self._runners]
@@ -148,10 +121,12 @@ class RequestFactory:
                 raise InvalidParameterError(
                     "stop_token_ids", token, f"must be below {self._vocab_size}"
                 )
+
+    def _check_prompt(self, prompt: PromptInput, request: LiveRequest) -> None:
+        max_tokens = request.params.max_tokens
         for role, ids in request.prompt_ids.items():
             if not len(ids):
-                given = [] if request.prompt is None else request.prompt
-                raise InvalidParameterError("prompts", given, "must have a token")
+                raise InvalidParameterError("prompts", prompt, f"must have a token for {role}")
             unknown = ids[(ids < 0) | (ids >= self._runners[role].vocab_size)]
             if len(unknown):
                 raise InvalidParameterError(
@@ -160,11 +135,17 @@ class RequestFactory:
                     f"must be token ids of {role}, in [0, {self._runners[role].vocab_size})",
                 )
             limit = self._runners[role].max_position
-            if limit is not None and len(ids) + p.max_tokens > limit:
+            if limit is not None and len(ids) + max_tokens > limit:
                 raise CapacityError(
-                    f"a prompt of {len(ids)} tokens and max_tokens {p.max_tokens} exceed the "
+                    f"a prompt of {len(ids)} tokens and max_tokens {max_tokens} exceed the "
                     f"{limit} positions of {role}"
                 )
+
+
+def _roles_of(p: SearchParams) -> list[str]:
+    """Roles that read the prompt: the base, and those that guide or score."""
+    wanted = [p.guidance] if callable(p.scorer) else [p.guidance, p.scorer]
+    return list(dict.fromkeys(["base", *(role for kind in wanted for role in GUIDES[kind])]))
 
 
 def derive_seed(seed: int, index: int) -> int:
@@ -179,36 +160,6 @@ def derive_seed(seed: int, index: int) -> int:
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
     return x ^ (x >> 31)
-
-
-_WANTED = "must be texts, chat messages or token ids"
-
-
-def as_prompt_list(prompts: Any) -> list[Any]:
-    """The prompts of Engine.generate as a list, a single one too.
-
-    Raises:
-        InvalidParameterError: something that is neither a prompt nor a list.
-    """
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, np.ndarray | torch.Tensor):
-        prompts = prompts.tolist()
-    if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping | bytes):
-        raise InvalidParameterError("prompts", prompts, _WANTED)
-    items = list(prompts)
-    is_one = bool(items) and (
-        all(isinstance(item, Mapping) for item in items)
-        or all(isinstance(item, int | np.integer) for item in items)
-    )
-    return [items] if is_one else items
-
-
-def _token_id(token: Any) -> int:
-    is_integer = isinstance(token, int | np.integer) and not isinstance(token, bool)
-    if not is_integer or abs(token) >= 2**63:
-        raise InvalidParameterError("prompts", token, _WANTED)
-    return int(token)
 
 
 def _checked_seed(seed: int) -> int:

@@ -44,7 +44,8 @@ class LiveRequest:
     """What the engine keeps of a request; the beams themselves live in the scheduler.
 
     Attributes:
-        prompt_texts: the prompt of every role as text, None where token ids were given.
+        prompt_texts: the prompt as text of each role that reads it, None where token ids were
+            given.
         prompt_ids: int64 prompt tokens of each role that takes part.
         stop_ids: token ids that end a candidate, `eos_ids` among them.
         eos_ids: ends of text, none if they are to be ignored.
@@ -78,7 +79,8 @@ class LiveRequest:
         seed: int,
         eos_ids: Sequence[int],
     ) -> LiveRequest:
-        """A request whose roles each read their own prompt; `prompts` has one for every role."""
+        """A request whose roles each read their own prompt; `prompts` has one for each that
+        guides or scores, and for the base."""
         ends = frozenset() if params.ignore_eos else frozenset(eos_ids)
         taking_part = ("base", *guide_roles(params), *score_roles(params))
         request = cls(

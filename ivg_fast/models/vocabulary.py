@@ -69,17 +69,18 @@ def check_same_vocabulary(
     return size
 
 
-def check_tokenizer(base_tokenizer: Any, path: str | os.PathLike[str], role: str) -> None:
-    """Like `check_same_vocabulary`, for the tokenizer of a checkpoint; without one it warns."""
+def load_guide_tokenizer(base_tokenizer: Any, path: str | os.PathLike[str], role: str) -> Any:
+    """The tokenizer of a checkpoint after `check_same_vocabulary`; without one it warns: None."""
     try:
         other = load_tokenizer(path)
     except (OSError, ValueError):
         logger.warning(
             "%s has no tokenizer at %s: its token ids are taken for the base's", role, path
         )
-        return
+        return None
     size = max(len(base_tokenizer), len(other))
     check_same_vocabulary(base_tokenizer, other, size, size, other_name=role)
+    return other
 
 
 def _pieces(tokenizer: Any) -> tuple[dict[int, str], set[int]]:
