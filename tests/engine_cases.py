@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -91,24 +91,45 @@ class Family:
     def naive(self) -> NaiveModels:
         return NaiveModels(tokenizer=self.tokenizer(), **self.roles())
 
-    def engine(self, **config: Any) -> Engine:
-        from ivg_fast.engine import Engine
-
+    def engine(
+        self, tokenizers: dict[str, Any] | None = None, templates: Any = None, **config: Any
+    ) -> Engine:
+        """`tokenizers` by role, the base's among them; by default one for all."""
+        own = {"base": self.tokenizer(), **(tokenizers or {})}
         roles = self.roles()
         options = {"num_blocks": 2000, "num_threads": 1, **config}
-        return Engine(roles.pop("base"), self.tokenizer(), **roles, config=EngineConfig(**options))
+        return Engine(
+            roles.pop("base"),
+            own.pop("base"),
+            **roles,
+            tokenizers=own,
+            templates=templates,
+            config=EngineConfig(**options),
+        )
 
 
 @dataclass(slots=True)
 class Case:
-    """A request. `params` is complete but for the seed, which goes to `generate` apart."""
+    """A request. `params` is complete but for the seed, which goes to `generate` apart.
+
+    Attributes:
+        prompt: the base's token ids; what the other roles read, but for those in `of_role`.
+        given: what the engine is given to make them of; None: the token ids themselves.
+    """
 
     prompt: list[int]
     params: SearchParams
     seed: int
+    of_role: dict[str, list[int]] = field(default_factory=dict)
+    given: Any = None
 
     def solve(self, models: NaiveModels, search: type[NaiveSearch] = NaiveSearch) -> NaiveResult:
-        return search(models, self.prompt, self.params, self.seed).run()
+        return search(models, {"base": self.prompt, **self.of_role}, self.params, self.seed).run()
+
+    @property
+    def input(self) -> Any:
+        """The prompt for the engine."""
+        return self.prompt if self.given is None else self.given
 
 
 def text_score(inputs: list[ScoreInput]) -> list[float]:
@@ -182,7 +203,7 @@ def random_cases(rng: random.Random, family: Family, models: NaiveModels) -> lis
 def run_engine(engine: Engine, cases: Sequence[Case]) -> list[RequestOutput]:
     """All cases at once, in their order."""
     return engine.generate(
-        [case.prompt for case in cases],
+        [case.input for case in cases],
         [case.params for case in cases],
         seeds=[case.seed for case in cases],
     )
@@ -199,7 +220,7 @@ def run_arrivals(
         for _ in range(rng.choice([0, 0, 1, 2])):
             if waiting:
                 i = waiting.pop(0)
-                number[engine.add_request(cases[i].prompt, cases[i].params, seed=cases[i].seed)] = i
+                number[engine.add_request(cases[i].input, cases[i].params, seed=cases[i].seed)] = i
         ended.update((number[request_id], output) for request_id, output in engine.step())
         engine.check_integrity()
     held = {k: v for k, v in engine.stats().items() if k != "num_blocks" and v}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,11 +45,6 @@ class NaiveModels:
                     row = model(tokens, use_cache=False).logits[0, -1]
             self.memory[role, ids] = row.double().numpy()
         return self.memory[role, ids]
-
-    def log_ratio(self, ids: tuple[int, ...], token: int) -> float:
-        """log pi_tuned - log pi_untuned of `token` after `ids`."""
-        tuned, untuned = self.logits("tuned", ids), self.logits("untuned", ids)
-        return float(log_softmax(tuned)[token] - log_softmax(untuned)[token])
 
 
 @dataclass(slots=True)
@@ -188,26 +183,48 @@ def completed_stop(
     return min((hit for hit in hits if hit[0] >= 0), default=None, key=lambda hit: hit[0])
 
 
+# A prompt for all roles, or one by role; a role that has none reads the base's.
+PromptIds = Sequence[int] | Mapping[str, Sequence[int]]
+
+
+def prompts_by_role(prompt_ids: PromptIds) -> dict[str, tuple[int, ...]]:
+    given = prompt_ids if isinstance(prompt_ids, Mapping) else {"base": prompt_ids}
+    roles = ("base", "tuned", "untuned", "value")
+    return {role: tuple(given.get(role, given["base"])) for role in roles}
+
+
 class NaiveSearch:
     """One request; `run` is the algorithm of chunk-level beam search, top to bottom."""
 
     def __init__(
-        self, models: NaiveModels, prompt_ids: Sequence[int], params: SearchParams, seed: int
+        self, models: NaiveModels, prompt_ids: PromptIds, params: SearchParams, seed: int
     ) -> None:
         self.models, self.params, self.seed = models, params, seed
-        self.prompt = tuple(prompt_ids)
+        self.prompts = prompts_by_role(prompt_ids)
         self.eos = models.tokenizer.eos_token_id
         self.gap = math.inf
         self.num_sampled = self.num_decode_rows = 0
         self.appended: set[int] = set()
         self.num_lineages = 0
 
-    # The two rules that a planted bug replaces.
+    # The rules that a planted bug replaces.
+    def context(self, role: str, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        return self.prompts[role] + token_ids
+
     def child_id(self, child: int, rank: int) -> int:
         return child * self.params.beam_width + rank
 
     def uniform(self, candidate_id: int, position: int) -> float:
         return philox_uniform(self.seed, candidate_id, position)
+
+    def logits(self, role: str, token_ids: tuple[int, ...]) -> np.ndarray:
+        """What `role` says of the token after its own prompt and these response tokens."""
+        return self.models.logits(role, self.context(role, token_ids))
+
+    def log_ratio(self, token_ids: tuple[int, ...], token: int) -> float:
+        """log pi_tuned - log pi_untuned of `token` after these response tokens."""
+        tuned, untuned = self.logits("tuned", token_ids), self.logits("untuned", token_ids)
+        return float(log_softmax(tuned)[token] - log_softmax(untuned)[token])
 
     def run(self) -> NaiveResult:
         params = self.params
@@ -268,14 +285,14 @@ class NaiveSearch:
         """Draws the next token and looks whether it ends the candidate."""
         models, params = self.models, self.params
         position = len(candidate.token_ids)
-        context = self.prompt + candidate.token_ids
-        base = models.logits("base", context)
+        before = candidate.token_ids
+        base = self.logits("base", before)
         z = base
         if params.guidance == "implicit":
-            difference = models.logits("tuned", context) - models.logits("untuned", context)
+            difference = self.logits("tuned", before) - self.logits("untuned", before)
             z = base + params.guidance_weight * difference
         elif params.guidance == "explicit":
-            z = base + params.guidance_weight * models.logits("value", context)
+            z = base + params.guidance_weight * self.logits("value", before)
         ends = set(params.stop_token_ids)
         if not params.ignore_eos and self.eos is not None:
             ends.add(self.eos)
@@ -289,7 +306,7 @@ class NaiveSearch:
         candidate.token_logprobs += (logprob,)
         candidate.base_logprobs += (float(log_softmax(base)[token]),)
         if "implicit" in (params.guidance, params.scorer):
-            candidate.token_rewards += (models.log_ratio(context, token),)
+            candidate.token_rewards += (self.log_ratio(before, token),)
         else:
             candidate.token_rewards += (0.0,)
         candidate.text = models.tokenizer.decode(
@@ -309,19 +326,19 @@ class NaiveSearch:
             candidate.needs_eos = params.score_eos_on_truncation
 
     def score(self, pool: list[NaiveCandidate]) -> None:
-        models, scorer = self.models, self.params.scorer
+        scorer = self.params.scorer
         for candidate in pool:
-            context = self.prompt + candidate.token_ids
+            said = candidate.token_ids
             add_eos = candidate.needs_eos and self.eos is not None
             if add_eos and scorer in ("implicit", "explicit"):
                 self.appended.add(candidate.lineage)
             if scorer == "implicit":
                 candidate.score = math.fsum(candidate.token_rewards)
                 if add_eos:
-                    candidate.score += models.log_ratio(context, self.eos)
+                    candidate.score += self.log_ratio(said, self.eos)
             elif scorer == "explicit":
-                scored = (*context, self.eos) if add_eos else context
-                candidate.score = float(models.logits("value", scored[:-1])[scored[-1]])
+                scored = (*said, self.eos) if add_eos else said
+                candidate.score = float(self.logits("value", scored[:-1])[scored[-1]])
         if callable(scorer):
             for candidate, value in zip(pool, scorer([self.seen(c) for c in pool]), strict=True):
                 candidate.score = float(value)
@@ -329,7 +346,7 @@ class NaiveSearch:
     def seen(self, candidate: NaiveCandidate) -> ScoreInput:
         decode = self.models.tokenizer.decode
         return ScoreInput(
-            prompt=decode(list(self.prompt), skip_special_tokens=True),
+            prompt=decode(list(self.prompts["base"]), skip_special_tokens=True),
             response=decode(list(candidate.token_ids), skip_special_tokens=True),
             token_ids=candidate.token_ids,
             is_finished=candidate.finish_reason is not None,
@@ -374,7 +391,7 @@ class NaiveSearch:
 
 
 def naive_search(
-    models: NaiveModels, prompt_ids: Sequence[int], params: SearchParams, seed: int
+    models: NaiveModels, prompt_ids: PromptIds, params: SearchParams, seed: int
 ) -> NaiveResult:
     """Runs one request."""
     return NaiveSearch(models, prompt_ids, params, seed).run()
