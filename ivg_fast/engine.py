@@ -94,7 +94,7 @@ class Engine:
                     raise InvalidParameterError(
                         role, model, "must be a torch module; Engine.from_pretrained takes paths"
                     )
-                self._runners[role] = ModelRunner(model, role=role)
+                self._runners[role] = ModelRunner(model, role=role, can_compile=self.config.compile)
             self._set_up()
         except BaseException:
             self.close()

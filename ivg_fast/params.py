@@ -278,7 +278,12 @@ class EngineConfig:
         max_queued_requests: requests that may wait; None: no limit.
         max_prefill_tokens: prompt tokens that a role reads in one step; longer prompts take several
             steps, between which others decode.
+        scorer_timeout_s: seconds that a callable may take for a request's candidates: it runs on a
+            thread of its own then, and past that time its request fails and the thread is left to
+            itself; None: as long as it takes, on the engine's thread.
         num_threads: CPU threads of a step, of models and kernels; None: torch.get_num_threads().
+        compile: run the models through torch.compile: minutes at the start (`Engine.warmup` takes
+            them beforehand), shorter steps after it.
     """
 
     num_blocks: int | None = None
@@ -288,13 +293,18 @@ class EngineConfig:
     max_join_steps: int | None = None
     max_queued_requests: int | None = None
     max_prefill_tokens: int = 2048
+    scorer_timeout_s: float | None = None
     num_threads: int | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         _integer("max_num_rows", self.max_num_rows, 1, _MAX_COUNT)
         _integer("max_burst_steps", self.max_burst_steps, 1, _MAX_COUNT)
         _integer("max_prefill_tokens", self.max_prefill_tokens, 1, _MAX_COUNT)
         _number("kv_memory_fraction", self.kv_memory_fraction, 0.0, 1.0, open_low=True)
+        _flag("compile", self.compile)
+        if self.scorer_timeout_s is not None:
+            _number("scorer_timeout_s", self.scorer_timeout_s, 0.0, 1e6, open_low=True)
         minimums = {
             "num_blocks": 1,
             "max_join_steps": 0,

@@ -67,13 +67,92 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [1, Hq, T, D], key [1, Hkv, T, D], value [1, Hkv, T, Dv] -> [1, T, Hq, Dv]."""
+    if torch.compiler.is_compiling():
+        return _traced(module, query, key, value, **kwargs), None
+    return _current().attend(module, query, key, value, attention_mask, **kwargs), None
+
+
+def _current() -> _Context:
     context = _CURRENT.get()
     if context is None:
         raise RuntimeError(
             f"attention {ATTENTION_NAME!r} works only inside a ModelRunner; close the runner, or "
             "call model.set_attn_implementation('sdpa'), to use the model by itself"
         )
-    return context.attend(module, query, key, value, attention_mask, **kwargs), None
+    return context
+
+
+def _traced(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = _ABSENT,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """The call of attention as torch.compile sees it: one operator."""
+    says_window = sliding_window is not _ABSENT
+    return attend_op(
+        query,
+        key,
+        value,
+        cast(int, module.layer_idx),
+        scaling,
+        sliding_window if says_window else None,
+        says_window,
+        softcap,
+        s_aux,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """What is left of a module inside a graph."""
+
+    layer_idx: int
+
+
+@torch.library.custom_op("ivg_fast::attend", mutates_args=())
+def attend_op(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layer_idx: int,
+    scaling: float | None,
+    sliding_window: int | None,
+    says_window: bool,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of the current context as an operator of a compiled graph.
+
+    It also writes the pools, of which the graph knows nothing: no other operator reads a layer's
+    pools, and an operator whose output is used runs once.
+    """
+    window = {"sliding_window": sliding_window} if says_window else {}
+    module = cast(torch.nn.Module, _Layer(layer_idx))
+    return _current().attend(
+        module, query, key, value, None, scaling=scaling, softcap=softcap, s_aux=s_aux, **window
+    )
+
+
+@attend_op.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layer_idx: int,
+    scaling: float | None,
+    sliding_window: int | None,
+    says_window: bool,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention_forward)

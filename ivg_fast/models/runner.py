@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ivg_fast.models.attention import (
     attention_context,
 )
 from ivg_fast.models.batch import BLOCK_SIZE, ForwardBatch
+from ivg_fast.models.compiled import compiled_forward
 from ivg_fast.models.fast_modules import FastModules
 from ivg_fast.models.selftest import check_model
 from ivg_fast.models.value_head import ValueHeadModel
@@ -36,6 +38,7 @@ class ModelRunner:
         role: "base", "tuned", "untuned" or "value"; named in error messages.
         num_blocks: blocks to allocate at once; 0 leaves it to `allocate`.
         self_test: compare paged with stock logits first (see `selftest.check_model`).
+        can_compile: run it through torch.compile, which takes the place of the faster forms.
 
     Attributes:
         vocab_size: ids that the model both takes and scores; logits may be wider (padding).
@@ -53,6 +56,7 @@ class ModelRunner:
         role: str,
         num_blocks: int = 0,
         self_test: bool = True,
+        can_compile: bool = False,
     ) -> None:
         self.model = model.eval()
         self.role = role
@@ -79,7 +83,9 @@ class ModelRunner:
         self.config.pad_token_id = None
         stock = self.config._attn_implementation
         self.stock_attention: str = "eager" if stock in (None, ATTENTION_NAME) else stock
-        self._fast_modules = FastModules(self.model)
+        # A compiled graph has its own forms of these modules.
+        self._fast_modules = FastModules(torch.nn.Module() if can_compile else self.model)
+        self._compiled: Callable[..., Any] | None = None
         try:
             self.use_attention(ATTENTION_NAME)
             self._shapes, self.logits_width = self._probe()
@@ -88,6 +94,10 @@ class ModelRunner:
             )
             if self_test:
                 check_model(self)
+            if can_compile:
+                self._compiled = compiled_forward(self._network, role)
+                if self_test:
+                    check_model(self, can_shorten_window=False)
         except BaseException:
             self.close()
             raise
@@ -188,7 +198,8 @@ class ModelRunner:
     def _call(self, batch: ForwardBatch, **kwargs: Any) -> Any:
         if self.config._attn_implementation != ATTENTION_NAME:  # one that shares it has closed
             self.use_attention(ATTENTION_NAME)
-        return self._network(
+        run = self._compiled or self._network
+        return run(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
