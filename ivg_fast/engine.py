@@ -22,10 +22,10 @@ from ivg_fast.errors import (
 )
 from ivg_fast.kv_budget import affordable_blocks
 from ivg_fast.loop import Ended, RequestLoop
-from ivg_fast.models.loading import load_model, load_tokenizer
+from ivg_fast.models.loading import kwargs_of, load_model, load_tokenizer
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.value_head import ValueHeadModel, load_value_model
-from ivg_fast.models.values import TokenScorer
+from ivg_fast.models.values import TokenScorer, call_scorer
 from ivg_fast.models.vocabulary import check_same_vocabulary, load_guide_tokenizer
 from ivg_fast.ops.kv_cache import BlockCopier
 from ivg_fast.outputs import RequestOutput
@@ -33,8 +33,10 @@ from ivg_fast.params import EngineConfig, SearchParams
 from ivg_fast.prompts import RequestFactory
 from ivg_fast.rendering import PromptInput, PromptRenderer, as_prompt_list
 from ivg_fast.request import ROLES
+from ivg_fast.scorer_threads import ScorerThreads
 from ivg_fast.scoring import ChunkScorer
 from ivg_fast.templates import Template
+from ivg_fast.warmup import WARMUP_PROMPT, warmup_params
 
 
 class Engine:
@@ -94,6 +96,7 @@ class Engine:
                     raise InvalidParameterError(
                         role, model, "must be a torch module; Engine.from_pretrained takes paths"
                     )
+                _check_on_cpu(role, model)
                 self._runners[role] = ModelRunner(model, role=role, can_compile=self.config.compile)
             self._set_up()
         except BaseException:
@@ -111,16 +114,20 @@ class Engine:
         device: torch.device | str | None = None,
         dtype: torch.dtype | str = "auto",
         templates: Mapping[str, str | Template] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
         config: EngineConfig | None = None,
     ) -> Self:
         """Loads every model from a folder (or hub name) in safetensors; checks the vocabularies.
 
         Args:
-            base, tuned, untuned: causal language models with their tokenizers.
+            base, tuned, untuned: causal language models with their tokenizers, or folders of PEFT
+                adapters of such.
             value: a vocabulary-head value model: a backbone and `score_head.weight`.
             device: None: the CPU.
             dtype: "auto": the checkpoint's; float16 becomes float32 on the CPU.
             templates: as for the constructor; each role has the tokenizer beside its weights.
+            model_kwargs: more arguments for loading the language models (see `load_model`). Under
+                the key "base", "tuned" or "untuned": those of this role alone.
             config: see EngineConfig.
 
         Raises:
@@ -128,16 +135,19 @@ class Engine:
         """
         if torch.device(device or "cpu").type != "cpu":
             raise InvalidParameterError("device", str(device), "must be the CPU")
-        tokenizer = load_tokenizer(base)
+        tokenizer = load_tokenizer(base, kwargs_of("base", model_kwargs))
         models: dict[str, Any] = dict.fromkeys(ROLES)
         tokenizers = {}
         for role, path in zip(ROLES, (base, tuned, untuned, value), strict=True):
             if path is None:
                 continue
-            loader = load_value_model if role == "value" else load_model
-            models[role] = loader(path, device=device, dtype=dtype)
+            own = kwargs_of(role, model_kwargs)
+            if role == "value":
+                models[role] = load_value_model(path, device=device, dtype=dtype)
+            else:
+                models[role] = load_model(path, device=device, dtype=dtype, model_kwargs=own)
             if role != "base":
-                tokenizers[role] = load_guide_tokenizer(tokenizer, path, role)
+                tokenizers[role] = load_guide_tokenizer(tokenizer, path, role, own)
         return cls(
             models.pop("base"),
             tokenizer,
@@ -151,8 +161,6 @@ class Engine:
         base = self._runners["base"]
         self.vocab_size = base.vocab_size
         for role, runner in self._runners.items():
-            if runner.device.type != "cpu":
-                raise InvalidParameterError(role, str(runner.device), "must be on the CPU")
             if role == "value" and not isinstance(runner.model, ValueHeadModel):
                 raise UnsupportedModelError(
                     f"value must be a ValueHeadModel, got {type(runner.model).__name__}"
@@ -193,7 +201,9 @@ class Engine:
         burst = BurstRunner(
             self._runners, self.vocab_size, BlockCopier(pools).copy, token_scorer, self.tokenizer
         )
-        scorer = ChunkScorer(self._runners, token_scorer, eos_id, self.tokenizer)
+        timeout_s = self.config.scorer_timeout_s
+        call = call_scorer if timeout_s is None else ScorerThreads(timeout_s).call
+        scorer = ChunkScorer(self._runners, token_scorer, eos_id, self.tokenizer, call)
         self._loop = RequestLoop(self._scheduler, burst, scorer, self.tokenizer, self.config)
         self._factory = RequestFactory(
             self._runners,
@@ -300,6 +310,20 @@ class Engine:
         """Whether `step` has anything left to run or to return."""
         return self._loop.has_unfinished
 
+    def warmup(self) -> None:
+        """Runs small requests of every kind that the models serve, so that the first real one pays
+        for no lazy work: with `compile`, minutes of it. Leaves nothing behind but that.
+
+        Raises:
+            Exception: what a request would raise, such as UnsupportedModelError of a model that
+                cannot be compiled.
+        """
+        self._check_usable()
+        kinds = [p for p in warmup_params() if self._factory.can_serve(WARMUP_PROMPT, p)]
+        for params in kinds:
+            self.generate([WARMUP_PROMPT], params)
+        self.generate([WARMUP_PROMPT] * len(kinds), kinds)
+
     # --- life ------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, int]:
@@ -324,6 +348,12 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _check_on_cpu(role: str, model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.device.type != "cpu":
+            raise InvalidParameterError(role, str(parameter.device), "must be on the CPU")
 
 
 def _tokenizers_by_role(base: Any, others: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ the roles that only score, the sums in hand of roles that guide, or a callable."
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +17,7 @@ from ivg_fast.burst import History
 from ivg_fast.errors import ScorerError
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.values import TokenScorer, call_scorer
-from ivg_fast.params import ScoreInput
+from ivg_fast.params import ScoreInput, Scorer
 from ivg_fast.request import FINISH_NONE, GUIDES, LiveRequest, decode
 
 Floats = NDArray[np.float64]
@@ -35,6 +35,7 @@ class ChunkScorer:
         eos_id: the token that is scored behind a response which ended without one; None if there is
             none.
         tokenizer: for callables.
+        call: calls them, as `call_scorer` does.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class ChunkScorer:
         token_scorer: TokenScorer,
         eos_id: int | None,
         tokenizer: Any,
+        call: Callable[[Scorer, list[ScoreInput]], Floats] = call_scorer,
     ) -> None:
         self._runners = runners
+        self._call = call
         self._measure = token_scorer.scores
         self._eos_id = eos_id
         self._tokenizer = tokenizer
@@ -85,7 +88,7 @@ class ChunkScorer:
         for request, mine, texts in zip(requests, slices, inputs, strict=True):
             try:
                 if callable(request.params.scorer):
-                    scores[mine] = call_scorer(request.params.scorer, texts)
+                    scores[mine] = self._call(request.params.scorer, texts)
                 elif not np.isfinite(scores[mine]).all():
                     raise ScorerError(
                         f"scorer {request.params.scorer!r} must give finite scores, got "

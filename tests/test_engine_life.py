@@ -199,3 +199,53 @@ def test_no_forward_looks_for_padding() -> None:
         assert model.config.pad_token_id is None
         engine.generate([[3, 1, 3]], SearchParams(max_tokens=2))
     assert model.config.pad_token_id == 3
+
+
+def test_warmup_leaves_nothing_behind() -> None:
+    roles = {role: tiny_model("gpt2", seed=i) for i, role in enumerate(("tuned", "untuned"), 2)}
+    params = [chunked("implicit"), SearchParams.eft(max_tokens=4, seed=1), PARAMS]
+    outputs = []
+    for is_warm in (False, True):
+        with Engine(tiny_model("gpt2", seed=1), tiny_tokenizer(), **roles, config=CONFIG) as engine:
+            waiting = engine.add_request("abc", PARAMS)
+            before = engine.stats()
+            if is_warm:
+                engine.warmup()
+                engine.check_integrity()
+                # It runs along, and its output is there for step().
+                assert engine.has_unfinished
+                assert [i for i, _ in engine.step()] == [waiting]
+            else:
+                while engine.has_unfinished:
+                    engine.step()
+            outputs.append(engine.generate(["abc"] * 3, params))
+            idle = {**before, "num_requests_waiting": 0}
+            assert engine.stats() == idle
+    assert outputs[0] == outputs[1]
+
+
+def test_warmup_runs_every_kind_that_there_is(monkeypatch) -> None:
+    seen = []
+    generate = Engine.generate
+
+    def spy(self, prompts, params):
+        seen.extend(params if isinstance(params, list) else [params])
+        return generate(self, prompts, params)
+
+    monkeypatch.setattr(Engine, "generate", spy)
+    roles = {role: tiny_model("gpt2", seed=i) for i, role in enumerate(("tuned", "untuned"), 2)}
+    with Engine(tiny_model("gpt2", seed=1), **roles, config=CONFIG) as engine:
+        engine.warmup()
+    kinds = ("none", "implicit")
+    assert {(p.guidance, p.scorer) for p in seen} == {(a, b) for a in kinds for b in kinds}
+    assert {p.pool_size for p in seen} == {1, 4}
+
+
+@pytest.mark.parametrize("config", [{"num_blocks": 2}, {"max_num_rows": 1, "num_blocks": 4}])
+def test_warmup_of_a_small_engine(config) -> None:
+    with Engine(tiny_model("gpt2", seed=1), config=EngineConfig(**config)) as engine:
+        engine.warmup()
+        assert engine.stats()["num_blocks_used"] == 0
+        engine.close()
+        with pytest.raises(IVGError, match="the engine is closed"):
+            engine.warmup()

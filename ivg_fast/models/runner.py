@@ -61,7 +61,7 @@ class ModelRunner:
         self.model = model.eval()
         self.role = role
         self._head = model.score_head if isinstance(model, ValueHeadModel) else None
-        self._network = _network_of(model)
+        self._network = _network_of(model, role)
         if not hasattr(self._network, "set_attn_implementation"):
             raise UnsupportedModelError(
                 f"{role} must be a transformers model, got {type(self._network).__name__}"
@@ -236,8 +236,9 @@ class ModelRunner:
         return [shapes[i] for i in range(num_layers)], width
 
 
-def _network_of(model: torch.nn.Module) -> Any:
-    return model.backbone if isinstance(model, ValueHeadModel) else model
+def _network_of(model: torch.nn.Module, role: str) -> Any:
+    trunk = model.backbone if isinstance(model, ValueHeadModel) else model
+    return support.plain_network(trunk, role)
 
 
 def _only_device(model: torch.nn.Module, role: str) -> torch.device:

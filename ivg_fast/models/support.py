@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ivg_fast.errors import UnsupportedModelError
 
 _SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -68,3 +70,26 @@ def eos_token_ids(model: Any) -> tuple[int, ...]:
         if ids is not None:
             return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
     return ()
+
+
+def is_quantized(model: torch.nn.Module) -> bool:
+    """Whether its layers may round their inputs by a scale that depends on the whole batch."""
+    kinds = {type(module).__module__ for module in model.modules()}
+    return bool(getattr(model, "is_quantized", False)) or any("quantized" in kind for kind in kinds)
+
+
+def plain_network(model: torch.nn.Module, role: str) -> torch.nn.Module:
+    """The transformers model that runs: of a PEFT model, the one that its adapters live in.
+
+    Raises:
+        UnsupportedModelError: an adapter that lives outside of the model (virtual tokens).
+    """
+    if not hasattr(model, "get_base_model"):
+        return model
+    adapter: Any = model
+    if adapter.active_peft_config.is_prompt_learning:
+        kind = adapter.active_peft_config.peft_type.value
+        raise UnsupportedModelError(
+            f"{role}: adapters of type {kind} put tokens before the prompt, which cannot be served"
+        )
+    return adapter.get_base_model()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from ivg_fast.errors import InvalidParameterError, VocabularyMismatchError
@@ -69,10 +70,15 @@ def check_same_vocabulary(
     return size
 
 
-def load_guide_tokenizer(base_tokenizer: Any, path: str | os.PathLike[str], role: str) -> Any:
+def load_guide_tokenizer(
+    base_tokenizer: Any,
+    path: str | os.PathLike[str],
+    role: str,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Any:
     """The tokenizer of a checkpoint after `check_same_vocabulary`; without one it warns: None."""
     try:
-        other = load_tokenizer(path)
+        other = load_tokenizer(path, model_kwargs)
     except (OSError, ValueError):
         logger.warning(
             "%s has no tokenizer at %s: its token ids are taken for the base's", role, path

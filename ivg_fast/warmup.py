@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small requests that pay what the first real ones would: allocations, caches, compiled graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import get_args
+
+from ivg_fast.params import Guidance, SearchParams
+
+WARMUP_PROMPT = (0, 0)
+
+
+def warmup_params() -> Iterator[SearchParams]:
+    """A request of each kind of guidance and scorer: a single candidate, and a search with forks.
+
+    Between them they run every form of batch: whole prompts, one row, several, whole chunks.
+    """
+    kinds: tuple[Guidance, ...] = get_args(Guidance)
+    for guidance in kinds:
+        for scorer in kinds:
+            single = SearchParams(
+                max_tokens=3, guidance=guidance, scorer=scorer, ignore_eos=True, seed=0
+            )
+            yield single
+            if scorer != "none":
+                yield replace(single, max_tokens=5, beam_width=2, num_candidates=2, chunk_length=2)
