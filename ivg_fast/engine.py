@@ -244,6 +244,8 @@ class Engine:
         """
         self._check_usable()
         requests = self._factory.create(as_prompt_list(prompts), params, seeds)
+        for request in requests:
+            self._loop.check(request)
         outputs: dict[int, RequestOutput] = {}
         failures: list[tuple[int, BaseException]] = []
         ids: dict[int, int] = {}
@@ -319,10 +321,17 @@ class Engine:
                 cannot be compiled.
         """
         self._check_usable()
-        kinds = [p for p in warmup_params() if self._factory.can_serve(WARMUP_PROMPT, p)]
+        kinds = [params for params in warmup_params() if self._can_serve(params)]
         for params in kinds:
             self.generate([WARMUP_PROMPT], params)
         self.generate([WARMUP_PROMPT] * len(kinds), kinds)
+
+    def _can_serve(self, params: SearchParams) -> bool:
+        try:
+            self._loop.check(*self._factory.create([WARMUP_PROMPT], params, None))
+        except IVGError:
+            return False
+        return True
 
     # --- life ------------------------------------------------------------------------------------
 

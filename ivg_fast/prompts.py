@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ivg_fast.errors import CapacityError, InvalidParameterError, IVGError
+from ivg_fast.errors import CapacityError, InvalidParameterError
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.params import SearchParams
 from ivg_fast.rendering import PromptInput, PromptRenderer
@@ -90,14 +90,6 @@ class RequestFactory:
             self._check_prompt(prompt, request)
             requests.append(request)
         return requests
-
-    def can_serve(self, prompt: PromptInput, params: SearchParams) -> bool:
-        """Whether `create` takes this."""
-        try:
-            self.create([prompt], params, None)
-        except IVGError:
-            return False
-        return True
 
     def _need_tokenizer(self, name: str, value: object) -> None:
         if self._tokenizer is None:

@@ -84,6 +84,9 @@ def test_a_pool_too_small_for_the_request(engine: Engine) -> None:
     wide = SearchParams.cbs(max_tokens=200, beam_width=8, num_candidates=8, scorer="implicit")
     with pytest.raises(CapacityError, match="the pool has 80"):
         engine.generate("hello", wide)
+    with pytest.raises(CapacityError, match="the pool has 80"):
+        engine.generate(["hello"] * 2, [PARAMS, wide])
+    assert engine.stats()["num_requests_waiting"] == 0, "nothing may start before all is checked"
     many = SearchParams.best_of_n(512, max_tokens=1, scorer="implicit")
     with pytest.raises(CapacityError, match="512 rows, max_num_rows is 256"):
         engine.generate("hello", many)

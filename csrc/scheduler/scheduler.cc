@@ -80,14 +80,20 @@ void Scheduler::check_fits(const RequestSpec& spec) const {
   }
 }
 
-int64_t Scheduler::add_request(RequestSpec spec) {
-  const std::lock_guard lock(mutex_);
+void Scheduler::check_request(RequestSpec spec) const { check_and_simplify(spec); }
+
+void Scheduler::check_and_simplify(RequestSpec& spec) const {
   validate(spec);
   // One candidate has nothing to be selected from: chunks could not change its tokens, only cost
   // scores. And a chunk that no response outgrows is none: there is no fork to keep blocks for and
   // no cohort to wait for.
   if (spec.pool_size() == 1 || spec.chunk_length >= spec.max_tokens) spec.chunk_length = 0;
   check_fits(spec);
+}
+
+int64_t Scheduler::add_request(RequestSpec spec) {
+  const std::lock_guard lock(mutex_);
+  check_and_simplify(spec);
   if (config_.max_queued_requests >= 0 &&
       static_cast<int32_t>(waiting_.size()) >= config_.max_queued_requests) {
     throw QueueFull(std::to_string(waiting_.size()) + " requests wait, max_queued_requests is " +

@@ -140,6 +140,8 @@ class Scheduler {
   // Queues a request, first come first served. Throws InvalidParameter; CapacityExceeded if it
   // could never fit; QueueFull.
   int64_t add_request(RequestSpec spec);
+  // Throws what add_request would, a full queue aside.
+  void check_request(RequestSpec spec) const;
   // Ends a request now, or when the burst in flight is committed. Its result holds what there is.
   // False if the request has ended already. `reason`: kAbort or kDeadline.
   bool abort(int64_t request_id, Finish reason = Finish::kAbort);
@@ -183,6 +185,7 @@ class Scheduler {
 
   void validate(const RequestSpec& spec) const;
   void check_fits(const RequestSpec& spec) const;
+  void check_and_simplify(RequestSpec& spec) const;
   void check_given_out(int64_t request_id) const;
   void validate(const CommittedTokens& committed);
   Request& find(int64_t request_id) const;
