@@ -19,14 +19,13 @@ from ivg_fast.burst import BurstResult, BurstRunner
 from ivg_fast.errors import (
     InvalidParameterError,
     IVGError,
-    UnsupportedModelError,
     VocabularyMismatchError,
 )
 from ivg_fast.kv_budget import affordable_blocks
 from ivg_fast.models.loading import load_model, load_tokenizer
 from ivg_fast.models.runner import ModelRunner
-from ivg_fast.models.value_head import ValueHeadModel, load_value_model
-from ivg_fast.models.values import TokenScorer
+from ivg_fast.models.value_head import as_value_model, load_value_model
+from ivg_fast.models.values import ExplicitValue, TokenScorer, ValueFunction
 from ivg_fast.models.vocabulary import check_same_vocabulary, check_tokenizer
 from ivg_fast.ops.kv_cache import BlockCopier
 from ivg_fast.outputs import RequestOutput
@@ -49,7 +48,10 @@ class Engine:
         tokenizer: the base model's; None if prompts are token ids, and nothing needs text.
         tuned, untuned: the pair of the implicit value function; both or none. They share the base
             model's token ids.
-        value: the explicit value function, a ValueHeadModel that shares them too.
+        value: the explicit value function. A ValueHeadModel, a ScalarHeadModel, or a sequence or
+            token classification model with one label shares them too; one whose backbone is that
+            of `tuned` is served by its forwards. Anything else is a ValueFunction, such as a
+            TextValueModel, and scores texts.
         config: see EngineConfig.
 
     Raises:
@@ -65,7 +67,7 @@ class Engine:
         *,
         tuned: nn.Module | None = None,
         untuned: nn.Module | None = None,
-        value: nn.Module | None = None,
+        value: nn.Module | ValueFunction | None = None,
         config: EngineConfig | None = None,
     ) -> None:
         self.config = EngineConfig() if config is None else config
@@ -77,6 +79,13 @@ class Engine:
             raise InvalidParameterError(
                 missing, None, "must be given too: the implicit value is a pair"
             )
+        self._value = ExplicitValue()
+        if value is not None and not isinstance(value, nn.Module):
+            if not callable(value):
+                raise InvalidParameterError("value", value, "must be a model or a ValueFunction")
+            self._value, value = ExplicitValue("text", function=value), None
+        elif value is not None:
+            value = as_value_model(value)
         models = {"base": base_model, "tuned": tuned, "untuned": untuned, "value": value}
         self._runners: dict[str, ModelRunner] = {}
         self._is_busy = False
@@ -134,13 +143,15 @@ class Engine:
     def _set_up(self) -> None:
         base = self._runners["base"]
         self.vocab_size = base.vocab_size
+        if "value" in self._runners:
+            value, tuned = self._runners["value"], self._runners.get("tuned")
+            is_shared = tuned is not None and value.shares_trunk_with(tuned)
+            if tuned is not None and is_shared:
+                value.share_pools(tuned)
+            self._value = ExplicitValue("scalar" if value.is_scalar else "vocabulary", is_shared)
         for role, runner in self._runners.items():
             if runner.device.type != "cpu":
                 raise InvalidParameterError(role, str(runner.device), "must be on the CPU")
-            if role == "value" and not isinstance(runner.model, ValueHeadModel):
-                raise UnsupportedModelError(
-                    f"value must be a ValueHeadModel, got {type(runner.model).__name__}"
-                )
             self.vocab_size = min(self.vocab_size, runner.vocab_size)
         if self.tokenizer is not None:
             for role, runner in self._runners.items():
@@ -184,6 +195,7 @@ class Engine:
             self.config.max_num_rows,
             eos_ids,
             eos_id,
+            self._value,
         )
         self._live: dict[int, LiveRequest] = {}
         self._uncollected: list[Ended] = []  # for the next step() to return

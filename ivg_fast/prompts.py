@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from ivg_fast.errors import CapacityError, InvalidParameterError
+from ivg_fast.errors import CapacityError, InvalidParameterError, UnsupportedModelError
 from ivg_fast.models.runner import ModelRunner
+from ivg_fast.models.values import ExplicitValue
 from ivg_fast.params import SearchParams
 from ivg_fast.request import GUIDES, ROLES, LiveRequest, RolePrompt
 
 # A text, chat messages, or token ids.
 PromptInput = str | Sequence[Mapping[str, str]] | Sequence[int]
 
+_KIND_NAMES = {"scalar": "number a prefix", "text": "number a text"}
 _MASK64 = 2**64 - 1
 
 
@@ -29,6 +31,7 @@ class RequestFactory:
         tokenizer: the base model's, or None.
         vocab_size: ids that all models share.
         max_num_rows: rows of a batch.
+        value: the engine's explicit value.
         eos_ids: ids that end a text; `eos_id`: the one that scoring appends, None if there is none.
     """
 
@@ -40,6 +43,7 @@ class RequestFactory:
         max_num_rows: int,
         eos_ids: Sequence[int],
         eos_id: int | None,
+        value: ExplicitValue,
     ) -> None:
         self._runners = runners
         self._tokenizer = tokenizer
@@ -47,6 +51,7 @@ class RequestFactory:
         self._max_num_rows = max_num_rows
         self._eos_ids = eos_ids
         self._eos_id = eos_id
+        self._value = value
 
     def create(
         self,
@@ -86,7 +91,9 @@ class RequestFactory:
                 seed = derive_seed(p.seed, index) if isinstance(params, SearchParams) else p.seed
             text, token_ids = self._encode(prompt)
             role_prompt = RolePrompt(text, np.asarray(token_ids, dtype=np.int64))
-            request = LiveRequest.create(p, dict.fromkeys(ROLES, role_prompt), seed, self._eos_ids)
+            request = LiveRequest.create(
+                p, dict.fromkeys(ROLES, role_prompt), seed, self._eos_ids, self._value
+            )
             self._check(request)
             requests.append(request)
         return requests
@@ -123,19 +130,23 @@ class RequestFactory:
 
     def _check(self, request: LiveRequest) -> None:
         p = request.params
+        roles = {*self._runners, *(() if self._value.kind == "none" else ("value",))}
         for name, wanted in (("guidance", p.guidance), ("scorer", p.scorer)):
-            missing = (
-                [] if callable(wanted) else [r for r in GUIDES[wanted] if r not in self._runners]
-            )
+            missing = [] if callable(wanted) else [r for r in GUIDES[wanted] if r not in roles]
             if missing:
                 raise InvalidParameterError(
                     name, wanted, f"needs {' and '.join(missing)}, which this engine was not given"
                 )
+        if p.guidance == "explicit" and self._value.kind != "vocabulary":
+            raise UnsupportedModelError(
+                "guidance 'explicit' needs a value with a vocabulary head over the base model's "
+                f"token ids; this engine's gives a {_KIND_NAMES[self._value.kind]}"
+            )
         if p.stop:
             self._need_tokenizer("stop", p.stop)
-        if callable(p.scorer):
+        if request.text_scorer is not None:
             self._need_tokenizer("scorer", p.scorer)
-        if self._eos_id is None and not callable(p.scorer) and p.scorer != "none":
+        elif self._eos_id is None and p.scorer != "none":
             for name in ("stop", "score_eos_on_truncation"):
                 if getattr(p, name):
                     raise InvalidParameterError(
@@ -160,7 +171,7 @@ class RequestFactory:
                     f"must be token ids of {role}, in [0, {self._runners[role].vocab_size})",
                 )
             limit = self._runners[role].max_position
-            if limit is not None and len(ids) + p.max_tokens > limit:
+            if limit is not None and request.num_positions(role) > limit:
                 raise CapacityError(
                     f"a prompt of {len(ids)} tokens and max_tokens {p.max_tokens} exceed the "
                     f"{limit} positions of {role}"
