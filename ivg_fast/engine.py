@@ -24,7 +24,8 @@ from ivg_fast.errors import (
 from ivg_fast.kv_budget import affordable_blocks
 from ivg_fast.models.loading import load_model, load_tokenizer
 from ivg_fast.models.runner import ModelRunner
-from ivg_fast.models.value_head import as_value_model, load_value_model
+from ivg_fast.models.text_value import TextValueModel, load_value
+from ivg_fast.models.value_head import as_value_model
 from ivg_fast.models.values import ExplicitValue, TokenScorer, ValueFunction
 from ivg_fast.models.vocabulary import check_same_vocabulary, check_tokenizer
 from ivg_fast.ops.kv_cache import BlockCopier
@@ -100,6 +101,7 @@ class Engine:
                 self._runners[role] = ModelRunner(model, role=role)
             self._set_up()
         except BaseException:
+            self._value = ExplicitValue()  # a ValueFunction stays as it was given
             self.close()
             raise
 
@@ -119,7 +121,8 @@ class Engine:
 
         Args:
             base, tuned, untuned: causal language models with their tokenizers.
-            value: a vocabulary-head value model: a backbone and `score_head.weight`.
+            value: a value model (see `load_value_model`). Where its tokenizer is not the base's it
+                becomes a TextValueModel.
             device: None: the CPU.
             dtype: "auto": the checkpoint's; float16 becomes float32 on the CPU.
             config: see EngineConfig.
@@ -134,8 +137,10 @@ class Engine:
         for role, path in zip(ROLES, (base, tuned, untuned, value), strict=True):
             if path is None:
                 continue
-            loader = load_value_model if role == "value" else load_model
-            models[role] = loader(path, device=device, dtype=dtype)
+            if role == "value":
+                models[role] = load_value(path, tokenizer, device=device, dtype=dtype)
+                continue
+            models[role] = load_model(path, device=device, dtype=dtype)
             if role != "base":
                 check_tokenizer(tokenizer, path, role)
         return cls(models.pop("base"), tokenizer, config=config, **models)
@@ -170,9 +175,17 @@ class Engine:
             )
         eos_id = eos if eos is not None else next(iter(eos_ids), None)
         runners = list(self._runners.values())
-        num_blocks = self.config.num_blocks or affordable_blocks(runners, self.config)
+        of_texts = self._value.function
+        others = []
+        if isinstance(of_texts, TextValueModel) and of_texts.num_blocks is None:
+            others = [of_texts]
+        num_blocks = self.config.num_blocks or affordable_blocks(
+            runners, self.config, [text.runner for text in others]
+        )
         for runner in runners:
             runner.allocate(num_blocks)
+        for text in others:
+            text.allocate(num_blocks)
         self._scheduler = _C.Scheduler(
             num_blocks=num_blocks,
             num_roles=len(ROLES),
@@ -398,7 +411,14 @@ class Engine:
         self._scheduler.check_integrity()
 
     def close(self) -> None:
-        """Frees the KV pools and gives the models their own attention back; twice is fine."""
+        """Frees the KV pools and gives the models their own attention back; twice is fine.
+
+        Closes the ValueFunction that was given as `value`, if it has `close()`.
+        """
+        close_value = getattr(self._value.function, "close", None)
+        self._value = ExplicitValue()
+        if close_value is not None:
+            close_value()
         # The first of several roles that share a module saw its own attention: it goes last.
         for runner in reversed(self._runners.values()):
             runner.close()

@@ -22,7 +22,8 @@ class ScoreInput:
     """What a scorer callable sees of one candidate.
 
     Attributes:
-        prompt: the prompt's text; decoded from the ids where ids were given.
+        prompt: the prompt's text, decoded from the ids where ids were given: the value role's for
+            an engine's `value`, the base model's for a scorer of SearchParams.
         response: the text so far, a stop string included, special tokens left out.
         token_ids: the response's token ids.
         is_finished: whether the candidate has ended (end of text, stop string or length).

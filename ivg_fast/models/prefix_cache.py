@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which blocks of a KV pool hold the keys and values of which token prefixes.
 
-A tree of blocks: a node is a block of 1 to 16 tokens behind those of its ancestors. A text takes the
-full blocks that it has in common with older texts, copies the one that it has in part, and adds its
-own. Unlike the engine's beams, texts that are tokenised again each time have no ancestry to follow:
-equal tokens are found by the tokens themselves.
+A tree of blocks: a node is a block of 1 to 16 tokens behind those of its ancestors. A text takes
+the full blocks that it has in common with older texts, copies the one that it has in part, and adds
+its own. Unlike the engine's beams, texts that are tokenised again each time have no ancestry to
+follow: equal tokens are found by the tokens themselves.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class PrefixCache:
         if num_new > len(self._free) + len(self._nodes) - self._num_in_use:
             return None
         blocks = [self._allocate() for _ in range(num_new)]
-        new = []
+        new: list[_Node] = []
         for block in blocks:
             begin = (len(path) + len(new)) * BLOCK_SIZE
             tokens = ids[begin : begin + BLOCK_SIZE]

@@ -3,20 +3,31 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from ivg_fast.errors import CapacityError, InvalidParameterError, IVGError
+from ivg_fast.errors import (
+    CapacityError,
+    InvalidParameterError,
+    IVGError,
+    VocabularyMismatchError,
+)
 from ivg_fast.models.batch import BLOCK_SIZE, ForwardBatch
+from ivg_fast.models.loading import load_tokenizer
 from ivg_fast.models.prefix_cache import Placement, PrefixCache
 from ivg_fast.models.runner import ModelRunner
-from ivg_fast.models.value_head import as_value_model
+from ivg_fast.models.value_head import ValueModel, as_value_model, load_value_model
 from ivg_fast.models.values import TokenScorer
+from ivg_fast.models.vocabulary import check_tokenizer
 from ivg_fast.ops.kv_cache import BlockCopier
 from ivg_fast.params import ScoreInput
+
+logger = logging.getLogger("ivg_fast")
 
 _DEFAULT_NUM_BLOCKS = 512
 
@@ -90,6 +101,8 @@ class TextValueModel:
         """
         if self.num_blocks == 0:
             raise IVGError("the value model is closed")
+        if not inputs:
+            return []
         texts = [self.encode(item) for item in inputs]
         for item, ids in zip(inputs, texts, strict=True):
             self._check(item, ids)
@@ -185,3 +198,20 @@ def _tokens_in_front(tokenizer: Any) -> list[int]:
     begins = range(len(whole) - len(plain) + 1)
     first = next((i for i in begins if whole[i : i + len(plain)] == plain), 0)
     return whole[:first]
+
+
+def load_value(
+    path: str | os.PathLike[str],
+    base_tokenizer: Any,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str = "auto",
+) -> ValueModel | TextValueModel:
+    """A value model by `load_value_model`; through text where its token ids are not the base's."""
+    model = load_value_model(path, device=device, dtype=dtype)
+    try:
+        check_tokenizer(base_tokenizer, path, "value")
+    except VocabularyMismatchError as mismatch:
+        logger.info("value %s scores texts: %s", os.fspath(path), mismatch)
+        return TextValueModel(model, load_tokenizer(path))
+    return model
