@@ -23,7 +23,11 @@ from ivg_fast.params import ScoreInput, SearchParams
 
 @dataclass(slots=True)
 class NaiveModels:
-    """Stock models by role. `value` has a `backbone` and a `score_head` (a bias-free Linear)."""
+    """Stock models by role.
+
+    `value` has a `backbone` and a `score_head`, a Linear to the vocabulary or to one number; or it
+    is a classification model of transformers; or a NaiveTextValue.
+    """
 
     base: Any
     tokenizer: Any
@@ -38,18 +42,45 @@ class NaiveModels:
             model = getattr(self, role)
             tokens = torch.tensor([ids])
             with torch.inference_mode():
-                if role == "value":
+                if role == "value" and hasattr(model, "backbone"):
                     hidden = model.backbone(tokens, use_cache=False).last_hidden_state[0, -1]
                     row = model.score_head(hidden)
+                elif role == "value":
+                    row = model(tokens, use_cache=False).logits.reshape(-1)[-1:]
                 else:
                     row = model(tokens, use_cache=False).logits[0, -1]
             self.memory[role, ids] = row.double().numpy()
         return self.memory[role, ids]
 
+    def value_of(self, ids: tuple[int, ...]) -> float:
+        """V of a whole sequence: w_y . h at the token before its last, y; or the head's number."""
+        before = self.logits("value", ids[:-1])
+        if len(before) > 1:
+            return float(before[ids[-1]])
+        return float(self.logits("value", ids)[0])
+
     def log_ratio(self, ids: tuple[int, ...], token: int) -> float:
         """log pi_tuned - log pi_untuned of `token` after `ids`."""
         tuned, untuned = self.logits("tuned", ids), self.logits("untuned", ids)
         return float(log_softmax(tuned)[token] - log_softmax(untuned)[token])
+
+
+@dataclass(slots=True)
+class NaiveTextValue:
+    """A value model with a tokenizer of its own: each text from its first token, by itself."""
+
+    model: Any
+    tokenizer: Any
+
+    def __call__(self, inputs: list[ScoreInput]) -> list[float]:
+        models = NaiveModels(base=None, tokenizer=None, value=self.model)
+        scores = []
+        for item in inputs:
+            ids = self.tokenizer(item.prompt + item.response).input_ids
+            if item.ends_text:
+                ids.append(self.tokenizer.eos_token_id)
+            scores.append(models.value_of(tuple(ids)))
+        return scores
 
 
 @dataclass(slots=True)
@@ -319,12 +350,17 @@ class NaiveSearch:
                 candidate.score = math.fsum(candidate.token_rewards)
                 if add_eos:
                     candidate.score += models.log_ratio(context, self.eos)
-            elif scorer == "explicit":
-                scored = (*context, self.eos) if add_eos else context
-                candidate.score = float(models.logits("value", scored[:-1])[scored[-1]])
+            elif scorer == "explicit" and not isinstance(models.value, NaiveTextValue):
+                candidate.score = self.value_of((*context, self.eos) if add_eos else context)
+        if scorer == "explicit" and isinstance(models.value, NaiveTextValue):
+            scorer = models.value
         if callable(scorer):
             for candidate, value in zip(pool, scorer([self.seen(c) for c in pool]), strict=True):
                 candidate.score = float(value)
+
+    # A rule that a planted bug replaces.
+    def value_of(self, ids: tuple[int, ...]) -> float:
+        return self.models.value_of(ids)
 
     def seen(self, candidate: NaiveCandidate) -> ScoreInput:
         decode = self.models.tokenizer.decode
@@ -333,6 +369,7 @@ class NaiveSearch:
             response=decode(list(candidate.token_ids), skip_special_tokens=True),
             token_ids=candidate.token_ids,
             is_finished=candidate.finish_reason is not None,
+            ends_text=candidate.finish_reason == "stop" or candidate.needs_eos,
         )
 
     def look_for_ties(self, ranking: list[NaiveCandidate]) -> None:

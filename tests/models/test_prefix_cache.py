@@ -106,5 +106,5 @@ def test_a_text_that_cannot_fit() -> None:
     cache = PrefixCache(4)
     cache.begin_round()
     assert cache.take(range(48)) is not None
-    with pytest.raises(CapacityError, match="49 tokens needs 5 KV blocks of 16, .* has 4"):
+    with pytest.raises(CapacityError, match=r"49 tokens needs 5 KV blocks of 16, .* has 4"):
         cache.take(range(49))
