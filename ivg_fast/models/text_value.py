@@ -159,32 +159,30 @@ class TextValueModel:
         return torch.cat(parts)
 
     def _forward(self, texts: list[tuple[int, ...]], placed: list[Placement]) -> torch.Tensor:
-        """One round; the texts are whole prompts where nothing of them is cached."""
+        """Computes a round: the hidden state [N, H] at the last token of each text."""
         copies = [placement.copy for placement in placed if placement.copy]
         if copies:
             self._copy(np.array(copies, np.int32))
-        order = sorted(range(len(placed)), key=lambda i: placed[i].num_cached > 0)
-        begins = np.array([placed[i].num_cached for i in order])
-        ends = np.array([len(texts[i]) for i in order])
-        table = np.zeros((len(order), max(len(p.table) for p in placed)), np.int32)
-        positions, slots = [], []
-        for line, i in zip(table, order, strict=True):
-            line[: len(placed[i].table)] = placed[i].table
-            position = np.arange(placed[i].num_cached, len(texts[i]))
+        table = np.zeros((len(placed), max(len(p.table) for p in placed)), np.int32)
+        ids, positions, slots = [], [], []
+        for line, text, p in zip(table, texts, placed, strict=True):
+            line[: len(p.table)] = p.table
+            position = np.arange(p.num_cached, len(text))
+            ids.append(text[p.num_cached :])
             positions.append(position)
             slots.append(line[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
-        stops = np.cumsum(ends - begins)
+        stops = np.cumsum([len(new) for new in ids])
+        ends = np.array([len(text) for text in texts])
         batch = ForwardBatch.from_host(
-            input_ids=np.concatenate([texts[i][placed[i].num_cached :] for i in order]),
+            input_ids=np.concatenate(ids),
             position_ids=np.concatenate(positions),
             slot_mapping=np.concatenate(slots),
             query_start_loc=np.concatenate([[0], stops]),
             prompt_lens=ends,
-            response_lens=np.zeros(len(order), np.int32),
+            response_lens=np.zeros(len(texts), np.int32),
             response_block_start=-(-ends // BLOCK_SIZE),
             block_table=table,
-            logit_positions=(stops - 1)[np.argsort(order)],
-            num_fresh_prompts=int((begins == 0).sum()),
+            logit_positions=stops - 1,
             device=self.runner.device,
         )
         self.num_tokens_forwarded += int(stops[-1])

@@ -22,6 +22,7 @@ from ivg_fast.models.value_head import (
     as_value_model,
     load_value_model,
 )
+from ivg_fast.training.value_model import PrefixValueModel
 
 IDS = torch.arange(12)[None]
 
@@ -192,6 +193,24 @@ def test_scalar_roundtrip(tmp_path: Path, kind: str, name: str) -> None:
         torch.testing.assert_close(loaded(IDS[:, :n])[0, -1, 0], wanted)
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize("head", ["scalar", "vocabulary"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_what_training_saves(tmp_path: Path, name: str, head: str) -> None:
+    trained = PrefixValueModel(tiny_model(name, seed=2).base_model, head).eval()
+    for parameter in (trained.shared, *([trained.delta] if head == "vocabulary" else [])):
+        torch.nn.init.normal_(parameter)
+    trained.save(tmp_path, tiny_tokenizer())
+    loaded = load_value_model(tmp_path)
+    assert isinstance(loaded, ScalarHeadModel if head == "scalar" else ValueHeadModel)
+    with torch.inference_mode():
+        values = loaded(IDS)[0]
+        wanted = trained.values(IDS)[0]
+    if head == "scalar":
+        torch.testing.assert_close(values[1:, 0], wanted)
+    else:
+        torch.testing.assert_close(values[:-1].gather(1, IDS[0, 1:, None])[:, 0], wanted)
 
 
 def test_a_module_in_hand_keeps_its_parts() -> None:
