@@ -104,6 +104,7 @@ class Scheduler:
         has_scorer: bool = False,
         dedup_finished: bool = False,
         score_eos_on_truncation: bool = False,
+        reads_eos: bool = False,
         only_check: bool = False,
     ) -> int: ...
     def abort(self, request_id: int, *, is_deadline: bool = False) -> bool: ...

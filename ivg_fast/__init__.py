@@ -15,7 +15,9 @@ from ivg_fast.errors import (
     UnsupportedModelError,
     VocabularyMismatchError,
 )
-from ivg_fast.models.value_head import ValueHeadModel
+from ivg_fast.models.text_value import TextValueModel
+from ivg_fast.models.value_head import ScalarHeadModel, ValueHeadModel
+from ivg_fast.models.values import ValueFunction
 from ivg_fast.outputs import CandidateOutput, RequestOutput, SearchStats
 from ivg_fast.params import EngineConfig, ScoreInput, SearchParams
 from ivg_fast.rendering import Prompt
@@ -36,12 +38,15 @@ __all__ = [
     "Prompt",
     "QueueFullError",
     "RequestOutput",
+    "ScalarHeadModel",
     "ScoreInput",
     "ScorerError",
     "SearchParams",
     "SearchStats",
     "Template",
+    "TextValueModel",
     "UnsupportedModelError",
+    "ValueFunction",
     "ValueHeadModel",
     "VocabularyMismatchError",
     "preset",

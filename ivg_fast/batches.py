@@ -21,7 +21,8 @@ Ints = NDArray[np.integer[Any]]
 
 def prompt_lens(requests: Sequence[LiveRequest], role: str) -> Int32s:
     """Prompt tokens of each request in a role, 0 where it takes no part."""
-    return np.array([len(request.prompt_ids.get(role, ())) for request in requests], np.int32)
+    ids = [request.prompt_ids.get(request.reader(role), ()) for request in requests]
+    return np.array([len(prompt) for prompt in ids], np.int32)
 
 
 def first_batch(
@@ -118,6 +119,7 @@ def extension_batch(
     rows: Ints,
     starts: Ints,
     ends: Ints,
+    tokens: Int32s,
     *,
     last_only: bool,
 ) -> ForwardBatch:
@@ -129,6 +131,7 @@ def extension_batch(
         role: whose forward it is.
         rows: indices of the plan's rows.
         starts, ends: response indices, one pair a row.
+        tokens: the plan's row_tokens, or those and what may stand behind them.
         last_only: outputs are wanted of each row's last token only, else of every one.
     """
     of_request = plan.row_request[rows]
@@ -141,7 +144,7 @@ def extension_batch(
     blocks = tables[of_row, block_start[of_row] + position // BLOCK_SIZE]
     lens = prompt_lens(requests, role)[of_request]
     return ForwardBatch.from_host(
-        input_ids=plan.row_tokens[rows[of_row], position - plan.row_start[rows][of_row]],
+        input_ids=tokens[rows[of_row], position - plan.row_start[rows][of_row]],
         position_ids=lens[of_row] + position,
         slot_mapping=blocks * BLOCK_SIZE + position % BLOCK_SIZE,
         query_start_loc=np.concatenate([[0], stops]),

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ivg_fast.batches import DecodeRows, Int32s, Int64s, first_batch
 from ivg_fast.errors import NonFiniteLogitsError
+from ivg_fast.models.batch import ForwardBatch
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.values import TokenScorer
 from ivg_fast.ops.guided_sample import GuidedSample, guided_sample
@@ -26,7 +27,6 @@ from ivg_fast.request import (
     ROLE_BIT,
     LiveRequest,
     find_stop,
-    score_roles,
 )
 
 # Tokens that a candidate has committed, by request id and candidate id.
@@ -157,6 +157,8 @@ class _Burst:
         self.stop_ids = _padded([r.stop_ids for r in requests])[self.request_of]
         # By role, which rows of the plan its first forward held, and the outputs for them.
         self.rows: dict[str, tuple[Int64s, torch.Tensor]] = {}
+        # Whose explicit value is measured from the tuned model's hidden states, its trunk's.
+        self.is_on_trunk = np.array([r.has_value_on_trunk for r in requests], bool)
 
     # --- the first step ----------------------------------------------------------------------
 
@@ -172,14 +174,26 @@ class _Burst:
             if not prompts and not len(rows):
                 continue
             batch = first_batch(self.plan, self.requests, role, prompts, rows)
-            outputs = runner.hidden(batch) if role == "value" else runner.forward(batch)
+            if role == "value":
+                outputs = {role: runner.hidden(batch)}
+            elif role == "tuned" and any(r.has_value_on_trunk for r in (*self.requests, *prefill)):
+                outputs = self._forward_trunk(batch)
+            else:
+                outputs = {role: runner.forward(batch)}
             read = [i for i, prompt in prompts.items() if len(prompt) <= ends[i]]
-            for i, output in zip(read, outputs, strict=False):
-                prefill[i].prompt_outputs[role] = output
+            for name, output in outputs.items():
+                for i, row in zip(read, output, strict=False):
+                    prefill[i].prompt_outputs[name] = row
+                self.rows[name] = (rows, output[len(read) :])
             for i, prompt in prompts.items():
                 counts = prefill[i].stats.prefill_tokens
                 counts[role] = counts.get(role, 0) + min(len(prompt), ends[i]) - begins[i]
-            self.rows[role] = (rows, outputs[len(read) :])
+
+    def _forward_trunk(self, batch: ForwardBatch) -> dict[str, torch.Tensor]:
+        """The tuned model's logits and what the value's head reads on the trunk that they share."""
+        trunk = self.runners["value"].network
+        logits, states = self.runners["tuned"].forward_with_states(batch, trunk)
+        return {"tuned": logits, "trunk": states}
 
     def draw_first(self) -> None:
         groups = list(self._groups())
@@ -188,7 +202,7 @@ class _Burst:
             for role in ("base", *GUIDES[group.guidance]):
                 outputs = self._outputs(group, role)
                 if role == "value":
-                    outputs = self.runners[role].head(outputs)
+                    outputs = self.runners[role].score_head(outputs)
                 logits[role] = outputs[:, : self.owner.vocab_size]
             arguments = self._sampling(group.members)
             arguments["logit_rows"] = self._logit_rows(group)
@@ -196,6 +210,10 @@ class _Burst:
         for group in groups:
             for kind in ("implicit", "explicit"):
                 self._measure_first(group, kind)
+            members = group.members[self.is_on_trunk[self.request_of[group.members]]]
+            if len(members):
+                (states,), rows = self._drawn_from(group, members, ("trunk",))
+                self._measure_on_trunk(0, members, states, rows)
 
     def _groups(self) -> Iterator[_Group]:
         """Requests of equal guidance stand together, those that start from a prompt last."""
@@ -230,31 +248,46 @@ class _Burst:
         """Measures the first tokens of a chunk for a scorer that does not guide: only the outputs
         before the fork can tell."""
         roles = GUIDES[kind]
-        wanted = np.array([score_roles(r.params) == roles for r in self.requests])
+        wanted = np.array([r.settle_roles == roles for r in self.requests])
         members = group.members[wanted[self.request_of[group.members]]]
         if not group.is_from_prompt:  # rows in the middle of a chunk have no first token
             row_roles = self.plan.row_roles[self.sample_row[members]]
             members = members[(row_roles & ROLE_BIT[roles[0]]) != 0]
         if not len(members):
             return
-        if group.is_from_prompt:
-            of_request, rows = np.unique(self.request_of[members], return_inverse=True)
-            starting = [self.requests[i] for i in of_request.tolist()]
-            outputs = [torch.stack([r.prompt_outputs[role] for r in starting]) for role in roles]
-        else:
-            outputs = [self.rows[role][1] for role in roles]
-            rows = np.searchsorted(self.rows[roles[0]][0], self.sample_row[members])
+        outputs, rows = self._drawn_from(group, members, roles)
         scores = self.owner.token_scorer.scores(kind, outputs, rows, self.result.tokens[0, members])
         for sample, score in zip(members.tolist(), scores.tolist(), strict=True):
             request = self.requests[self.request_of[sample]]
             request.first_scores[self.candidates[sample]] = score
+
+    def _drawn_from(
+        self, group: _Group, members: Int64s, roles: Sequence[str]
+    ) -> tuple[list[torch.Tensor], Int64s]:
+        """Outputs of roles in the first forward, and the row of them that each member drew from."""
+        if group.is_from_prompt:
+            of_request, rows = np.unique(self.request_of[members], return_inverse=True)
+            starting = [self.requests[i] for i in of_request.tolist()]
+            stacks = [torch.stack([r.prompt_outputs[role] for r in starting]) for role in roles]
+            return stacks, rows
+        rows = np.searchsorted(self.rows[roles[0]][0], self.sample_row[members])
+        return [self.rows[role][1] for role in roles], rows
+
+    def _measure_on_trunk(
+        self, step: int, members: Int64s, states: torch.Tensor, rows: Int64s
+    ) -> None:
+        """The explicit value of what these members drew, from the states right before it."""
+        drawn = self.result.tokens[step, members]
+        self.result.values[step, members] = self.owner.token_scorer.scores(
+            "explicit", [states], rows, drawn
+        )
 
     # --- the decode steps --------------------------------------------------------------------
 
     def decode(self) -> None:
         rows: dict[str, DecodeRows] = {}
         kinds: list[tuple[str, Int64s, dict[str, Any]]] = []
-        members = np.empty(0, np.int64)
+        members = on_trunk = np.empty(0, np.int64)
         for step in range(1, len(self.result.tokens)):
             alive = np.flatnonzero(self.is_alive)
             if not len(alive):
@@ -266,12 +299,17 @@ class _Burst:
                     for role in self.runners
                 }
                 kinds = self._kinds(members)
+                on_trunk = members[self.is_on_trunk[self.request_of[members]]]
             drawn = self.result.tokens[step - 1]
-            logits = {
-                role: self.runners[role].forward(of_role.batch(step, drawn))
-                for role, of_role in rows.items()
-                if len(of_role.members)
-            }
+            logits = {}
+            for role, of_role in rows.items():
+                if not len(of_role.members):
+                    continue
+                batch = of_role.batch(step, drawn)
+                if role == "tuned" and len(on_trunk):
+                    logits.update(self._forward_trunk(batch))
+                else:
+                    logits[role] = self.runners[role].forward(batch)
             self.num_forwards[members] += 1
             for guidance, mine, arguments in kinds:
                 parts = {
@@ -279,6 +317,9 @@ class _Burst:
                     for role in ("base", *GUIDES[guidance])
                 }
                 self._draw(step, mine, guidance, parts, arguments)
+            if len(on_trunk):
+                at = np.searchsorted(rows["tuned"].members, on_trunk)
+                self._measure_on_trunk(step, on_trunk, logits["trunk"], at)
 
     def _kinds(self, members: Int64s) -> list[tuple[str, Int64s, dict[str, Any]]]:
         """The living by guidance, with their arguments of guided_sample."""
@@ -381,8 +422,8 @@ class _Burst:
             result.stop_index[sample] = index
 
     def keep_values(self) -> None:
-        """The guiding value model's score of a candidate's last token is its chunk score."""
-        wanted = [r.params.guidance == r.params.scorer == "explicit" for r in self.requests]
+        """The value in hand of a candidate's last token is its chunk score."""
+        wanted = [r.has_value_in_hand for r in self.requests]
         result = self.result
         for sample in np.flatnonzero(np.array(wanted, bool)[self.request_of]).tolist():
             request = self.requests[self.request_of[sample]]

@@ -17,21 +17,26 @@ from ivg_fast.burst import BurstRunner
 from ivg_fast.errors import (
     InvalidParameterError,
     IVGError,
-    UnsupportedModelError,
     VocabularyMismatchError,
 )
 from ivg_fast.kv_budget import affordable_blocks
 from ivg_fast.loop import Ended, RequestLoop
 from ivg_fast.models.loading import kwargs_of, load_model, load_tokenizer
 from ivg_fast.models.runner import ModelRunner
-from ivg_fast.models.value_head import ValueHeadModel, load_value_model
-from ivg_fast.models.values import TokenScorer, call_scorer
+from ivg_fast.models.text_value import TextValueModel, load_value
+from ivg_fast.models.value_head import as_value_model
+from ivg_fast.models.values import ExplicitValue, TokenScorer, ValueFunction, call_scorer
 from ivg_fast.models.vocabulary import check_same_vocabulary, load_guide_tokenizer
 from ivg_fast.ops.kv_cache import BlockCopier
 from ivg_fast.outputs import RequestOutput
 from ivg_fast.params import EngineConfig, SearchParams
 from ivg_fast.prompts import RequestFactory
-from ivg_fast.rendering import PromptInput, PromptRenderer, as_prompt_list
+from ivg_fast.rendering import (
+    PromptInput,
+    PromptRenderer,
+    as_prompt_list,
+    tokenizers_by_role,
+)
 from ivg_fast.request import ROLES
 from ivg_fast.scorer_threads import ScorerThreads
 from ivg_fast.scoring import ChunkScorer
@@ -49,7 +54,10 @@ class Engine:
         tokenizer: the base model's; None if prompts are token ids, and nothing needs text.
         tuned, untuned: the pair of the implicit value function; both or none. They share the base
             model's token ids.
-        value: the explicit value function, a ValueHeadModel that shares them too.
+        value: the explicit value function. A ValueHeadModel, a ScalarHeadModel, or a sequence or
+            token classification model with one label shares them too; one whose backbone is that
+            of `tuned` is served by its forwards. Anything else is a ValueFunction, such as a
+            TextValueModel, and scores texts.
         tokenizers: of the other roles that have their own, by role: its chat template and special
             tokens then hold for that role. The pair's name the same pieces by the same ids.
         templates: by role, the Template, or its name (see ivg_fast.templates.TEMPLATES), through
@@ -70,7 +78,7 @@ class Engine:
         *,
         tuned: nn.Module | None = None,
         untuned: nn.Module | None = None,
-        value: nn.Module | None = None,
+        value: nn.Module | ValueFunction | None = None,
         tokenizers: Mapping[str, Any] | None = None,
         templates: Mapping[str, str | Template] | None = None,
         config: EngineConfig | None = None,
@@ -79,13 +87,22 @@ class Engine:
         if not isinstance(self.config, EngineConfig):
             raise InvalidParameterError("config", config, "must be an EngineConfig")
         self.tokenizer = tokenizer
-        self._tokenizers = _tokenizers_by_role(tokenizer, tokenizers)
+        self._tokenizers = tokenizers_by_role(tokenizer, tokenizers)
+        if isinstance(value, TextValueModel):
+            self._tokenizers.setdefault("value", value.tokenizer)
         self._renderer = PromptRenderer(self._tokenizers, templates)
         if (tuned is None) != (untuned is None):
             missing = "tuned" if tuned is None else "untuned"
             raise InvalidParameterError(
                 missing, None, "must be given too: the implicit value is a pair"
             )
+        self._value = ExplicitValue()
+        if value is not None and not isinstance(value, nn.Module):
+            if not callable(value):
+                raise InvalidParameterError("value", value, "must be a model or a ValueFunction")
+            self._value, value = ExplicitValue("text", function=value), None
+        elif value is not None:
+            value = as_value_model(value)
         models = {"base": base_model, "tuned": tuned, "untuned": untuned, "value": value}
         self._runners: dict[str, ModelRunner] = {}
         try:
@@ -100,6 +117,7 @@ class Engine:
                 self._runners[role] = ModelRunner(model, role=role, can_compile=self.config.compile)
             self._set_up()
         except BaseException:
+            self._value = ExplicitValue()  # a ValueFunction stays as it was given
             self.close()
             raise
 
@@ -122,7 +140,8 @@ class Engine:
         Args:
             base, tuned, untuned: causal language models with their tokenizers, or folders of PEFT
                 adapters of such.
-            value: a vocabulary-head value model: a backbone and `score_head.weight`.
+            value: a value model (see `load_value_model`). Where its tokenizer is not the base's it
+                becomes a TextValueModel.
             device: None: the CPU.
             dtype: "auto": the checkpoint's; float16 becomes float32 on the CPU.
             templates: as for the constructor; each role has the tokenizer beside its weights.
@@ -141,11 +160,13 @@ class Engine:
         for role, path in zip(ROLES, (base, tuned, untuned, value), strict=True):
             if path is None:
                 continue
-            own = kwargs_of(role, model_kwargs)
             if role == "value":
-                models[role] = load_value_model(path, device=device, dtype=dtype)
-            else:
-                models[role] = load_model(path, device=device, dtype=dtype, model_kwargs=own)
+                models[role], tokenizers[role] = load_value(
+                    path, tokenizer, device=device, dtype=dtype
+                )
+                continue
+            own = kwargs_of(role, model_kwargs)
+            models[role] = load_model(path, device=device, dtype=dtype, model_kwargs=own)
             if role != "base":
                 tokenizers[role] = load_guide_tokenizer(tokenizer, path, role, own)
         return cls(
@@ -160,11 +181,17 @@ class Engine:
     def _set_up(self) -> None:
         base = self._runners["base"]
         self.vocab_size = base.vocab_size
-        for role, runner in self._runners.items():
-            if role == "value" and not isinstance(runner.model, ValueHeadModel):
-                raise UnsupportedModelError(
-                    f"value must be a ValueHeadModel, got {type(runner.model).__name__}"
-                )
+        if "value" in self._runners:
+            value, tuned = self._runners["value"], self._runners.get("tuned")
+            is_shared = tuned is not None and value.shares_trunk_with(tuned)
+            if tuned is not None and is_shared:
+                if self.config.compile:
+                    raise InvalidParameterError(
+                        "compile", True, "must be False where value shares the trunk of tuned"
+                    )
+                value.share_pools(tuned)
+            self._value = ExplicitValue("scalar" if value.is_scalar else "vocabulary", is_shared)
+        for runner in self._runners.values():
             self.vocab_size = min(self.vocab_size, runner.vocab_size)
         if self.tokenizer is not None:
             for role, runner in self._runners.items():
@@ -184,9 +211,17 @@ class Engine:
             )
         eos_id = eos if eos is not None else next(iter(eos_ids), None)
         runners = list(self._runners.values())
-        num_blocks = self.config.num_blocks or affordable_blocks(runners, self.config)
+        of_texts = self._value.function
+        others = []
+        if isinstance(of_texts, TextValueModel) and of_texts.num_blocks is None:
+            others = [of_texts]
+        num_blocks = self.config.num_blocks or affordable_blocks(
+            runners, self.config, [text.runner for text in others]
+        )
         for runner in runners:
             runner.allocate(num_blocks)
+        for text in others:
+            text.allocate(num_blocks)
         self._scheduler = _C.Scheduler(
             num_blocks=num_blocks,
             num_roles=len(ROLES),
@@ -213,6 +248,7 @@ class Engine:
             self.config.max_num_rows,
             eos_ids,
             eos_id,
+            self._value,
         )
 
     # --- requests --------------------------------------------------------------------------------
@@ -344,7 +380,14 @@ class Engine:
         self._scheduler.check_integrity()
 
     def close(self) -> None:
-        """Frees the KV pools and gives the models their own attention back; twice is fine."""
+        """Frees the KV pools and gives the models their own attention back; twice is fine.
+
+        Closes the ValueFunction that was given as `value`, if it has `close()`.
+        """
+        close_value = getattr(self._value.function, "close", None)
+        self._value = ExplicitValue()
+        if close_value is not None:
+            close_value()
         # The first of several roles that share a module saw its own attention: it goes last.
         for runner in reversed(self._runners.values()):
             runner.close()
@@ -363,19 +406,6 @@ def _check_on_cpu(role: str, model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.device.type != "cpu":
             raise InvalidParameterError(role, str(parameter.device), "must be on the CPU")
-
-
-def _tokenizers_by_role(base: Any, others: Mapping[str, Any] | None) -> dict[str, Any]:
-    if others is not None and not isinstance(others, Mapping):
-        raise InvalidParameterError("tokenizers", others, "must be tokenizers by role")
-    tokenizers = {"base": base}
-    for role, tokenizer in (others or {}).items():
-        if role not in ROLES[1:]:
-            raise InvalidParameterError(
-                "tokenizers", role, f"must be for a role of {ROLES[1:]}; `tokenizer` is the base's"
-            )
-        tokenizers[role] = tokenizer
-    return tokenizers
 
 
 def _or_minus_one(value: int | None) -> int:

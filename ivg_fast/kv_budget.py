@@ -12,14 +12,16 @@ from ivg_fast.models.runner import ModelRunner
 from ivg_fast.params import EngineConfig
 
 
-def affordable_blocks(runners: Sequence[ModelRunner], config: EngineConfig) -> int:
+def affordable_blocks(
+    runners: Sequence[ModelRunner], config: EngineConfig, others: Sequence[ModelRunner] = ()
+) -> int:
     """As many blocks as `kv_memory_fraction` of the free memory holds in the pools of all roles,
-    but no more than `max_num_rows` rows could fill.
+    but no more than `max_num_rows` rows could fill. `others` get as many, but hold no rows.
 
     Raises:
         CapacityError: not even one.
     """
-    block_bytes = sum(runner.bytes_per_block for runner in runners)
+    block_bytes = sum(runner.bytes_per_block for runner in (*runners, *others))
     budget = int(config.kv_memory_fraction * _available_memory())
     num_blocks = min(budget // block_bytes, 2**31 // _C.BLOCK_SIZE - 1)  # slots are int32
     limits = [runner.max_position for runner in runners if runner.max_position is not None]

@@ -22,16 +22,20 @@ class ScoreInput:
     """What a scorer callable sees of one candidate.
 
     Attributes:
-        prompt: the prompt's text; decoded from the ids where ids were given.
+        prompt: the prompt's text, decoded from the ids where ids were given: the value role's for
+            an engine's `value`, the base model's for a scorer of SearchParams.
         response: the text so far, a stop string included, special tokens left out.
         token_ids: the response's token ids.
         is_finished: whether the candidate has ended (end of text, stop string or length).
+        ends_text: whether a scorer is to read an end of text behind the response: one was sampled
+            (or another stop token), a stop string ended it, or `score_eos_on_truncation` asks so.
     """
 
     prompt: str
     response: str
     token_ids: tuple[int, ...]
     is_finished: bool
+    ends_text: bool = False
 
 
 Scorer = Callable[[list[ScoreInput]], Sequence[float]]

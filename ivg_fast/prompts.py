@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from ivg_fast.errors import CapacityError, InvalidParameterError
+from ivg_fast.errors import CapacityError, InvalidParameterError, UnsupportedModelError
 from ivg_fast.models.runner import ModelRunner
+from ivg_fast.models.values import ExplicitValue
 from ivg_fast.params import SearchParams
-from ivg_fast.rendering import PromptInput, PromptRenderer
+from ivg_fast.rendering import Prompt, PromptInput, PromptRenderer
 from ivg_fast.request import GUIDES, LiveRequest
 
+_KIND_NAMES = {"scalar": "number a prefix", "text": "number a text"}
 _MASK64 = 2**64 - 1
 
 
@@ -27,6 +29,7 @@ class RequestFactory:
         renderer: writes a prompt for each role.
         vocab_size: ids that all models share.
         max_num_rows: rows of a batch.
+        value: the engine's explicit value.
         eos_ids: ids that end a text; `eos_id`: the one that scoring appends, None if there is none.
     """
 
@@ -39,6 +42,7 @@ class RequestFactory:
         max_num_rows: int,
         eos_ids: Sequence[int],
         eos_id: int | None,
+        value: ExplicitValue,
     ) -> None:
         self._runners = runners
         self._tokenizer = tokenizer
@@ -47,6 +51,7 @@ class RequestFactory:
         self._max_num_rows = max_num_rows
         self._eos_ids = eos_ids
         self._eos_id = eos_id
+        self._value = value
 
     def create(
         self,
@@ -86,7 +91,17 @@ class RequestFactory:
                 seed = derive_seed(p.seed, index) if isinstance(params, SearchParams) else p.seed
             self._check_params(p)
             rendered = self._renderer.render(prompt, _roles_of(p))
-            request = LiveRequest.create(p, rendered, seed, self._eos_ids)
+            if (
+                self._value.kind == "text"
+                and p.scorer == "explicit"
+                and isinstance(prompt, Prompt)
+                and prompt.value is not None
+                and rendered["value"].text is None
+            ):
+                raise InvalidParameterError(
+                    "prompts", prompt.value, "must be a text for value, which scores texts"
+                )
+            request = LiveRequest.create(p, rendered, seed, self._eos_ids, self._value)
             self._check_prompt(prompt, request)
             requests.append(request)
         return requests
@@ -96,19 +111,23 @@ class RequestFactory:
             raise InvalidParameterError(name, value, "need an engine with a tokenizer")
 
     def _check_params(self, p: SearchParams) -> None:
+        roles = {*self._runners, *(() if self._value.kind == "none" else ("value",))}
         for name, wanted in (("guidance", p.guidance), ("scorer", p.scorer)):
-            missing = (
-                [] if callable(wanted) else [r for r in GUIDES[wanted] if r not in self._runners]
-            )
+            missing = [] if callable(wanted) else [r for r in GUIDES[wanted] if r not in roles]
             if missing:
                 raise InvalidParameterError(
                     name, wanted, f"needs {' and '.join(missing)}, which this engine was not given"
                 )
+        if p.guidance == "explicit" and self._value.kind != "vocabulary":
+            raise UnsupportedModelError(
+                "guidance 'explicit' needs a value with a vocabulary head over the base model's "
+                f"token ids; this engine's gives a {_KIND_NAMES[self._value.kind]}"
+            )
         if p.stop:
             self._need_tokenizer("stop", p.stop)
-        if callable(p.scorer):
+        if callable(p.scorer) or (p.scorer == "explicit" and self._value.kind == "text"):
             self._need_tokenizer("scorer", p.scorer)
-        if self._eos_id is None and not callable(p.scorer) and p.scorer != "none":
+        elif self._eos_id is None and p.scorer != "none":
             for name in ("stop", "score_eos_on_truncation"):
                 if getattr(p, name):
                     raise InvalidParameterError(
@@ -135,7 +154,7 @@ class RequestFactory:
                     f"must be token ids of {role}, in [0, {self._runners[role].vocab_size})",
                 )
             limit = self._runners[role].max_position
-            if limit is not None and len(ids) + max_tokens > limit:
+            if limit is not None and request.num_positions(role) > limit:
                 raise CapacityError(
                     f"a prompt of {len(ids)} tokens and max_tokens {max_tokens} exceed the "
                     f"{limit} positions of {role}"

@@ -82,6 +82,20 @@ def as_prompt_list(prompts: Any) -> list[Any]:
     return [items] if is_one else items
 
 
+def tokenizers_by_role(base: Any, others: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The base's tokenizer and those of other roles; InvalidParameterError for no such role."""
+    if others is not None and not isinstance(others, Mapping):
+        raise InvalidParameterError("tokenizers", others, "must be tokenizers by role")
+    tokenizers = {"base": base}
+    for role, tokenizer in (others or {}).items():
+        if role not in ROLES[1:]:
+            raise InvalidParameterError(
+                "tokenizers", role, f"must be for a role of {ROLES[1:]}; `tokenizer` is the base's"
+            )
+        tokenizers[role] = tokenizer
+    return tokenizers
+
+
 class PromptRenderer:
     """Writes prompts for roles.
 

@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ivg_fast.errors import InvalidParameterError
+from ivg_fast.models.values import ExplicitValue
 from ivg_fast.outputs import CandidateOutput, FinishReason, RequestOutput, SearchStats
-from ivg_fast.params import GUIDANCE_KINDS, SearchParams
+from ivg_fast.params import GUIDANCE_KINDS, Scorer, SearchParams
 
 ROLES = ("base", "tuned", "untuned", "value")
 ROLE_BIT = {role: 1 << index for index, role in enumerate(ROLES)}
@@ -53,7 +55,9 @@ class LiveRequest:
             the value model's hidden state [H]), from the prefill until the first tokens are drawn.
         first_scores: f64[W*K] by candidate id: the scorer's measure of the first token since the
             last selection, which only the forward that preceded the fork can give.
-        last_values: f64[W*K] by candidate id: the guiding value model's score of the last token.
+        last_values: f64[W*K] by candidate id: the score of the last token by a value model whose
+            outputs sampling had in hand.
+        value: the engine's explicit value.
         error: why the request failed; its result is then dropped.
     """
 
@@ -65,6 +69,7 @@ class LiveRequest:
     eos_ids: frozenset[int]
     first_scores: NDArray[np.float64]
     last_values: NDArray[np.float64]
+    value: ExplicitValue
     request_id: int = -1
     deadline: float | None = None
     prompt_outputs: dict[str, Tensor] = field(default_factory=dict)
@@ -78,11 +83,24 @@ class LiveRequest:
         prompts: Mapping[str, RolePrompt],
         seed: int,
         eos_ids: Sequence[int],
+        value: ExplicitValue,
     ) -> LiveRequest:
         """A request whose roles each read their own prompt; `prompts` has one for each that
-        guides or scores, and for the base."""
+        guides or scores, and for the base.
+
+        Raises:
+            InvalidParameterError: `tuned` and `value` are one trunk here, but read two prompts.
+        """
         ends = frozenset() if params.ignore_eos else frozenset(eos_ids)
-        taking_part = ("base", *guide_roles(params), *score_roles(params))
+        taking_part = ("base", *guide_roles(params), *score_roles(params, value))
+        if value.shares_trunk and {params.guidance, params.scorer} == {"implicit", "explicit"}:
+            tuned, explicit = prompts["tuned"], prompts["value"]
+            if not np.array_equal(tuned.token_ids, explicit.token_ids):
+                raise InvalidParameterError(
+                    "prompts",
+                    explicit.text if explicit.text is not None else explicit.token_ids.tolist(),
+                    "must be the same for value and tuned, which share their trunk",
+                )
         request = cls(
             params=params,
             prompt_texts={role: prompt.text for role, prompt in prompts.items()},
@@ -92,6 +110,7 @@ class LiveRequest:
             eos_ids=ends,
             first_scores=np.zeros(params.pool_size),
             last_values=np.zeros(params.pool_size),
+            value=value,
         )
         if params.deadline_s is not None:
             request.deadline = time.monotonic() + params.deadline_s
@@ -108,9 +127,56 @@ class LiveRequest:
         return ("base", *guide_roles(self.params))
 
     @property
+    def settle_roles(self) -> tuple[str, ...]:
+        """Roles that score a token before they have read it, so that they read it at the settle."""
+        roles = score_roles(self.params, self.value)
+        return () if roles == ("value",) and self.value.kind == "scalar" else roles
+
+    @property
     def is_scored_by_pair(self) -> bool:
         """Whether scoring, not sampling, measures the implicit rewards."""
-        return score_roles(self.params) == GUIDES["implicit"]
+        return score_roles(self.params, self.value) == GUIDES["implicit"]
+
+    @property
+    def text_scorer(self) -> Scorer | None:
+        """What scores the candidates as texts; None where roles do."""
+        if callable(self.params.scorer):
+            return self.params.scorer
+        return self.value.function if self.params.scorer == "explicit" else None
+
+    @property
+    def is_scored_on_the_trunk(self) -> bool:
+        """Whether the tuned model's forwards serve the explicit value too."""
+        p = self.params
+        return self.value.shares_trunk and (p.guidance, p.scorer) == ("implicit", "explicit")
+
+    @property
+    def has_value_in_hand(self) -> bool:
+        """Whether sampling measures the explicit value of each token."""
+        if self.params.scorer != "explicit" or self.value.kind != "vocabulary":
+            return False
+        return self.params.guidance == "explicit" or self.is_scored_on_the_trunk
+
+    @property
+    def has_value_on_trunk(self) -> bool:
+        """Whether that value is measured from the tuned model's hidden states."""
+        return self.has_value_in_hand and self.is_scored_on_the_trunk
+
+    @property
+    def reads_eos(self) -> bool:
+        """Whether a scalar head may read an end of text behind a response."""
+        p = self.params
+        may_append = bool(p.stop) or p.score_eos_on_truncation
+        return may_append and p.scorer == "explicit" and self.value.kind == "scalar"
+
+    def reader(self, role: str) -> str:
+        """Whose forwards serve the role: its own, but for a value on the tuned model's trunk."""
+        return "tuned" if role == "value" and self.is_scored_on_the_trunk else role
+
+    def num_positions(self, role: str) -> int:
+        """The most tokens that the role can have to read."""
+        reads_more = self.reads_eos and role == self.reader("value")
+        return len(self.prompt_ids[role]) + self.params.max_tokens + reads_more
 
     def spec(self) -> dict[str, Any]:
         """The arguments of Scheduler.add_request."""
@@ -118,7 +184,7 @@ class LiveRequest:
         return {
             "prompt_lens": [len(self.prompt_ids.get(role, ())) for role in ROLES],
             "step_roles": sum(ROLE_BIT[role] for role in self.step_roles),
-            "settle_roles": sum(ROLE_BIT[role] for role in score_roles(p)),
+            "settle_roles": sum(ROLE_BIT[role] for role in self.settle_roles),
             "guidance": GUIDANCE_KINDS.index(p.guidance),
             "beam_width": p.beam_width,
             "num_candidates": p.num_candidates,
@@ -129,6 +195,7 @@ class LiveRequest:
             "has_scorer": p.scorer != "none",
             "dedup_finished": p.dedup_finished,
             "score_eos_on_truncation": p.score_eos_on_truncation,
+            "reads_eos": self.reads_eos,
         }
 
     def output(self, result: dict[str, Any], tokenizer: Any) -> RequestOutput:
@@ -175,9 +242,13 @@ def guide_roles(params: SearchParams) -> tuple[str, ...]:
     return GUIDES[params.guidance]
 
 
-def score_roles(params: SearchParams) -> tuple[str, ...]:
-    """Roles that only score: a scorer whose models guide already needs no forward."""
+def score_roles(params: SearchParams, value: ExplicitValue) -> tuple[str, ...]:
+    """Roles that only score: a scorer whose models guide already needs no forward of its own."""
     if callable(params.scorer) or params.scorer == params.guidance:
+        return ()
+    if params.scorer == "explicit" and (
+        not value.is_role or (value.shares_trunk and params.guidance == "implicit")
+    ):
         return ()
     return GUIDES[params.scorer]
 

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from ivg_fast.errors import ScorerError
+from ivg_fast.models.text_value import TextValueModel
 from ivg_fast.models.values import call_scorer
 from ivg_fast.params import ScoreInput, Scorer
 
@@ -22,7 +23,8 @@ class ScorerThreads:
     """Runs each call of a scorer on a thread of its own, and waits so long and no longer.
 
     A thread cannot be stopped: one that is late goes on by itself, and what it returns is lost. It
-    must not touch the engine then. The threads do not keep the process from ending.
+    must not touch the engine then. The threads do not keep the process from ending. A
+    TextValueModel cannot hang, and its memory of texts has no lock: it runs on the caller's thread.
 
     Args:
         timeout_s: seconds to wait for one call.
@@ -44,6 +46,8 @@ class ScorerThreads:
         Raises:
             ScorerError: as there; or it took too long, or too many late calls are at work already.
         """
+        if isinstance(scorer, TextValueModel):
+            return call_scorer(scorer, list(inputs))
         name = getattr(scorer, "__name__", type(scorer).__name__)
         if self.num_abandoned >= MAX_ABANDONED:
             raise ScorerError(

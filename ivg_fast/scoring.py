@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ivg_fast.batches import Ints, extension_batch
+from ivg_fast.batches import Int32s, Ints, extension_batch
 from ivg_fast.burst import History
 from ivg_fast.errors import ScorerError
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.values import TokenScorer, call_scorer
 from ivg_fast.params import ScoreInput, Scorer
-from ivg_fast.request import FINISH_NONE, GUIDES, LiveRequest, decode
+from ivg_fast.request import FINISH_NONE, FINISH_STOP, GUIDES, LiveRequest, decode
 
 Floats = NDArray[np.float64]
 # Scores f64 [S] of the plan's rows, and the implicit reward of each new token, f32 [S,
@@ -49,6 +49,7 @@ class ChunkScorer:
         self._runners = runners
         self._call = call
         self._measure = token_scorer.scores
+        self._scalars = token_scorer.scalars
         self._eos_id = eos_id
         self._tokenizer = tokenizer
 
@@ -65,30 +66,30 @@ class ChunkScorer:
         """
         scores = np.zeros(len(plan.row_request))
         rewards: NDArray[np.float32] | None = None
-        for kind in ("implicit", "explicit"):
-            is_in_hand = [r.params.scorer == kind == r.params.guidance for r in requests]
-            is_to_measure = [r.params.scorer == kind != r.params.guidance for r in requests]
-            rows = np.flatnonzero(np.array(is_in_hand)[plan.row_request])
-            if len(rows):
-                scores[rows] = self._in_hand(plan, requests, kind, rows)
-            rows = np.flatnonzero(np.array(is_to_measure)[plan.row_request])
-            if len(rows) and kind == "explicit":
-                scores[rows] = self._by_value(plan, requests, rows)
-            elif len(rows):
+        for way in sorted({_way(request) for request in requests}):
+            is_this = np.array([_way(request) == way for request in requests])
+            rows = np.flatnonzero(is_this[plan.row_request])
+            if way == "pair":
                 rewards = np.zeros((len(scores), plan.max_new_tokens), np.float32)
                 scores[rows] = self._by_pair(plan, requests, rows, rewards)
+            elif way == "vocabulary":
+                scores[rows] = self._by_vocabulary_head(plan, requests, rows)
+            elif way == "scalar":
+                scores[rows] = self._by_scalar_head(plan, requests, rows)
+            elif way != "text":
+                scores[rows] = self._in_hand(plan, requests, way, rows)
         scores = scores[plan.row_twin]  # equal tokens score equally, whatever their row rounded to
         ends = np.cumsum(plan.num_rows).tolist()
         slices = [slice(*pair) for pair in pairwise([0, *ends])]
         # All texts are taken before any scorer runs: a scorer may abort requests.
         inputs = [
-            self._inputs(plan, request, mine, history) if callable(request.params.scorer) else []
+            [] if request.text_scorer is None else self._inputs(plan, request, mine, history)
             for request, mine in zip(requests, slices, strict=True)
         ]
         for request, mine, texts in zip(requests, slices, inputs, strict=True):
             try:
-                if callable(request.params.scorer):
-                    scores[mine] = self._call(request.params.scorer, texts)
+                if request.text_scorer is not None:
+                    scores[mine] = self._call(request.text_scorer, texts)
                 elif not np.isfinite(scores[mine]).all():
                     raise ScorerError(
                         f"scorer {request.params.scorer!r} must give finite scores, got "
@@ -108,14 +109,14 @@ class ChunkScorer:
         if adds.any():
             ended = rows[adds]
             last = plan.row_length[ended] - 1
-            outputs = self._extend(plan, requests, kind, ended, last, last + 1, "decode_tokens")
+            outputs = self._extend(plan, requests, kind, ended, last, last + 1)
             added = self._measure(
                 kind, outputs, np.arange(len(ended)), np.full(len(ended), self._end_of_text())
             )
             scores[adds] = added if kind == "explicit" else scores[adds] + added
         return scores
 
-    def _by_value(self, plan: Any, requests: Sequence[LiveRequest], rows: Ints) -> Floats:
+    def _by_vocabulary_head(self, plan: Any, requests: Sequence[LiveRequest], rows: Ints) -> Floats:
         """V(x, y<=t) = w_{y_t} . h_{t-1}: the last token's value, which stands for the prefix."""
         adds = plan.row_adds_eos[rows] != 0
         starts, lengths = plan.row_start[rows], plan.row_length[rows]
@@ -125,14 +126,28 @@ class ChunkScorer:
         grown = np.flatnonzero(ends > starts)
         if len(grown):
             some, a, b = rows[grown], starts[grown], ends[grown]
-            outputs = self._extend(
-                plan, requests, "explicit", some, a, b, "score_tokens", last_only=True
-            )
+            outputs = self._extend(plan, requests, "explicit", some, a, b, last_only=True)
             tokens = plan.row_tokens[some, lengths[grown] - 1 - a].astype(np.int64)
             if adds.any():
                 tokens[adds[grown]] = self._end_of_text()
             scores[grown] = self._measure("explicit", outputs, np.arange(len(grown)), tokens)
         return scores
+
+    def _by_scalar_head(self, plan: Any, requests: Sequence[LiveRequest], rows: Ints) -> Floats:
+        """V(x, y<=t) = head(h_t): the hidden state at the last token, or at the end of text."""
+        adds = plan.row_adds_eos[rows] != 0
+        starts, lengths = plan.row_start[rows], plan.row_length[rows]
+        tokens = plan.row_tokens
+        if adds.any():
+            tokens = np.pad(tokens, ((0, 0), (0, 1)), constant_values=-1)
+            tokens[rows[adds], (lengths - starts)[adds]] = self._end_of_text()
+        # A trunk that guides has read all but the last token.
+        has_read = np.array([request.is_scored_on_the_trunk for request in requests])
+        starts = np.where(has_read[plan.row_request[rows]], lengths - 1, starts)
+        (states,) = self._extend(
+            plan, requests, "explicit", rows, starts, lengths + adds, tokens, last_only=True
+        )
+        return self._scalars(states)
 
     def _by_pair(
         self,
@@ -150,9 +165,7 @@ class ChunkScorer:
         scores = plan.row_reward[rows] + first
         if not counts.any():
             return scores
-        outputs = self._extend(
-            plan, requests, "implicit", rows, starts, starts + counts, "score_tokens"
-        )
+        outputs = self._extend(plan, requests, "implicit", rows, starts, starts + counts)
         # The output behind the chunk's token j measures token j + 1, and the end of text at last.
         of_row = np.repeat(np.arange(len(rows)), counts)
         index = np.arange(len(of_row)) - np.repeat(np.cumsum(counts) - counts, counts) + 1
@@ -168,16 +181,17 @@ class ChunkScorer:
     def _inputs(
         self, plan: Any, request: LiveRequest, rows: slice, history: History
     ) -> list[ScoreInput]:
-        """What a callable sees of the rows."""
-        prompt = request.prompt
+        """What a text scorer sees: the engine's value its own prompt, others the base's."""
+        prompt = request.prompt_texts["base" if callable(request.params.scorer) else "value"]
         if prompt is None:
             prompt = decode(self._tokenizer, request.prompt_ids["base"].tolist())
         inputs = []
-        candidates, finish = plan.row_candidate[rows].tolist(), plan.row_finish[rows].tolist()
-        for candidate, reason in zip(candidates, finish, strict=True):
+        columns = (plan.row_candidate, plan.row_finish, plan.row_adds_eos)
+        for candidate, finish, adds in zip(*(c[rows].tolist() for c in columns), strict=True):
             tokens = history(request.request_id, candidate).tolist()
             text = decode(self._tokenizer, tokens)
-            inputs.append(ScoreInput(prompt, text, tuple(tokens), reason != FINISH_NONE))
+            ends_text = finish == FINISH_STOP or bool(adds)
+            inputs.append(ScoreInput(prompt, text, tuple(tokens), finish != FINISH_NONE, ends_text))
         return inputs
 
     def _extend(
@@ -188,11 +202,12 @@ class ChunkScorer:
         rows: Ints,
         starts: Ints,
         ends: Ints,
-        counter: str,
+        tokens: Int32s | None = None,
         *,
         last_only: bool = False,
     ) -> list[torch.Tensor]:
-        """Forwards the response tokens [starts, ends) of the rows through the scorer's roles.
+        """Forwards the response tokens [starts, ends) of the rows through the scorer's roles;
+        `tokens` as of extension_batch.
 
         Returns:
             The outputs of every forwarded token, or of each row's last one, a tensor a role.
@@ -200,13 +215,24 @@ class ChunkScorer:
         numbers = np.bincount(plan.row_request[rows], ends - starts, len(requests))
         outputs = []
         for role in GUIDES[kind]:
-            batch = extension_batch(plan, requests, role, rows, starts, ends, last_only=last_only)
+            batch = extension_batch(
+                plan,
+                requests,
+                role,
+                rows,
+                starts,
+                ends,
+                plan.row_tokens if tokens is None else tokens,
+                last_only=last_only,
+            )
             runner = self._runners[role]
             outputs.append(runner.hidden(batch) if role == "value" else runner.forward(batch))
             for request, number in zip(requests, numbers.astype(int).tolist(), strict=True):
                 if number:
-                    counts = getattr(request.stats, counter)
-                    counts[role] = counts.get(role, 0) + number
+                    reader, stats = request.reader(role), request.stats
+                    guides = reader in request.step_roles
+                    counts = stats.decode_tokens if guides else stats.score_tokens
+                    counts[reader] = counts.get(reader, 0) + number
         return outputs
 
     def _end_of_text(self) -> int:
@@ -218,3 +244,14 @@ class ChunkScorer:
     def _of_candidates(plan: Any, requests: Sequence[LiveRequest], rows: Ints, name: str) -> Floats:
         pairs = zip(plan.row_request[rows].tolist(), plan.row_candidate[rows].tolist(), strict=True)
         return np.array([getattr(requests[q], name)[candidate] for q, candidate in pairs])
+
+
+def _way(request: LiveRequest) -> str:
+    """How a request is scored: by "text", by what is in hand of "implicit" or "explicit", by the
+    "pair", or by the "vocabulary" or "scalar" head."""
+    scorer = request.params.scorer
+    if request.text_scorer is not None:
+        return "text"
+    if scorer == "implicit":
+        return "pair" if request.is_scored_by_pair else "implicit"
+    return "explicit" if request.has_value_in_hand else request.value.kind

@@ -24,7 +24,8 @@ class Template:
         format: the text with one "{raw}" in it, which the prompt replaces; other braces are text.
             None: the chat template of the role's own tokenizer, with the prompt as the user's turn.
         add_bos: True: the tokens start with one begin-of-text; False: no special tokens are added;
-            None: as the tokenizer does by itself. A chat template writes its own: None there.
+            None: as the tokenizer does by itself. A chat template writes its own: None there. A
+            value function that scores texts begins them by itself, whatever is said here.
 
     Raises:
         InvalidParameterError: no or several "{raw}"; add_bos for a chat template.

@@ -13,12 +13,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from naive_search import NaiveModels, NaiveOutput, NaiveResult, NaiveSearch
+from naive_search import NaiveModels, NaiveOutput, NaiveResult, NaiveSearch, NaiveTextValue
 from tiny_models import attention_of, redraw_weights, tiny_config, tiny_model, tiny_tokenizer
-from transformers import AutoModel
+from tokenizers import Tokenizer, decoders, models, processors
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedTokenizerFast,
+)
 
 from ivg_fast.engine import Engine
-from ivg_fast.models.value_head import ValueHeadModel
+from ivg_fast.models.text_value import TextValueModel
+from ivg_fast.models.value_head import ScalarHeadModel, ValueHeadModel, ValueModel
 from ivg_fast.outputs import RequestOutput
 from ivg_fast.params import EngineConfig, ScoreInput, SearchParams
 
@@ -27,6 +34,14 @@ GUIDANCE = ("none", "implicit", "explicit")
 SCORERS = ("none", "implicit", "explicit", "callable")
 CELLS = [(guidance, scorer) for guidance in GUIDANCE for scorer in SCORERS]
 NEAR_TIE = 1e-5
+
+CLASSIFIERS = {
+    "sequence": AutoModelForSequenceClassification,
+    "token": AutoModelForTokenClassification,
+}
+# Kinds of explicit values; one on the trunk has the backbone of `tuned`.
+VALUES = ("vocabulary", "scalar", *CLASSIFIERS, "trunk", "scalar trunk", "text", "scalar text")
+TEXT_VOCAB_SIZE = 95 + 28 * 28 + 2
 
 # The guides have another shape than the base, so that no role can stand in for another.
 _PAIR_SHAPE = {"gpt2": "llama", "llama": "gpt2", "mistral": "llama", "qwen3": "mistral"}
@@ -38,16 +53,51 @@ def fresh_seed() -> int:
     return random.SystemRandom().randrange(10**6)
 
 
-def value_model(shape: str, *, vocab_size: int, seed: int, **overrides: Any) -> ValueHeadModel:
-    """A vocabulary head on the backbone of `shape`."""
-    config = tiny_config(shape, vocab_size, **overrides)
-    backbone = AutoModel.from_config(config, attn_implementation=attention_of(shape))
-    redraw_weights(backbone, seed)
-    head = torch.nn.Linear(backbone.config.hidden_size, vocab_size, bias=False)
+def value_model(
+    shape: str,
+    *,
+    vocab_size: int,
+    seed: int,
+    backbone: Any = None,
+    is_scalar: bool = False,
+    **overrides: Any,
+) -> ValueModel:
+    """A vocabulary or scalar head on a backbone of `shape`, or on the one that is given."""
+    if backbone is None:
+        config = tiny_config(shape, vocab_size, **overrides)
+        backbone = AutoModel.from_config(config, attn_implementation=attention_of(shape))
+        redraw_weights(backbone, seed)
+    head = torch.nn.Linear(backbone.config.hidden_size, 1 if is_scalar else vocab_size, bias=False)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         head.weight.copy_(0.3 * torch.randn(head.weight.shape, generator=generator))
-    return ValueHeadModel(backbone, head).eval().requires_grad_(False)
+    kind = ScalarHeadModel if is_scalar else ValueHeadModel
+    return kind(backbone, head).eval().requires_grad_(False)
+
+
+def classifier(shape: str, kind: str, *, vocab_size: int, seed: int, **overrides: Any) -> Any:
+    """A sequence or token classification model of transformers with one label."""
+    config = tiny_config(shape, vocab_size, num_labels=1, **overrides)
+    model = CLASSIFIERS[kind].from_config(config, attn_implementation=attention_of(shape))
+    redraw_weights(model, seed)
+    return model.eval().requires_grad_(False)
+
+
+def pair_tokenizer() -> Any:
+    """Another tokenizer than the families' own: it merges pairs of their pieces, so that a text's
+    last tokens change as it grows, and it puts a beginning of text in front."""
+    pieces = [chr(code) for code in range(32, 127)]
+    alphabet = pieces[:28]
+    merges = [(a, b) for a in alphabet for b in alphabet]
+    random.Random(7).shuffle(merges)
+    pieces += [a + b for a, b in merges] + ["<s>", "</s>"]
+    assert len(pieces) == TEXT_VOCAB_SIZE
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    core.decoder = decoders.Fuse()
+    bos = ("<s>", vocab["<s>"])
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
 
 
 def tokenizer_with_eos(vocab_size: int, eos_token_id: int) -> Any:
@@ -69,6 +119,7 @@ class Family:
     vocab_size: int = 29
     eos_token_id: int = 28
     overrides: dict[str, Any] | None = None
+    value: str = "vocabulary"  # one of VALUES
 
     def roles(self) -> dict[str, torch.nn.Module]:
         options = {
@@ -78,25 +129,40 @@ class Family:
         }
         pair = _PAIR_SHAPE.get(self.shape, self.shape)
         value = _VALUE_SHAPE.get(self.shape, self.shape)
-        return {
+        roles = {
             "base": tiny_model(self.shape, seed=self.seed, **options),
             "tuned": tiny_model(pair, seed=self.seed + 1, **options),
             "untuned": tiny_model(pair, seed=self.seed + 2, **options),
-            "value": value_model(value, seed=self.seed + 3, **options),
         }
+        if "text" in self.value:
+            options.update(vocab_size=TEXT_VOCAB_SIZE, eos_token_id=TEXT_VOCAB_SIZE - 1)
+        return {**roles, "value": self._value(value, roles["tuned"], options)}
+
+    def _value(self, shape: str, tuned: Any, options: dict[str, Any]) -> torch.nn.Module:
+        seed = self.seed + 3
+        if self.value in CLASSIFIERS:
+            return classifier(shape, self.value, seed=seed, **options)
+        backbone = tuned.base_model if "trunk" in self.value else None
+        is_scalar = "scalar" in self.value
+        return value_model(shape, seed=seed, backbone=backbone, is_scalar=is_scalar, **options)
 
     def tokenizer(self) -> Any:
         return tokenizer_with_eos(self.vocab_size, self.eos_token_id)
 
     def naive(self) -> NaiveModels:
-        return NaiveModels(tokenizer=self.tokenizer(), **self.roles())
+        roles: dict[str, Any] = self.roles()
+        if "text" in self.value:
+            roles["value"] = NaiveTextValue(roles["value"], pair_tokenizer())
+        return NaiveModels(tokenizer=self.tokenizer(), **roles)
 
     def engine(
         self, tokenizers: dict[str, Any] | None = None, templates: Any = None, **config: Any
     ) -> Engine:
         """`tokenizers` by role, the base's among them; by default one for all."""
         own = {"base": self.tokenizer(), **(tokenizers or {})}
-        roles = self.roles()
+        roles: dict[str, Any] = self.roles()
+        if "text" in self.value:
+            roles["value"] = TextValueModel(roles["value"], pair_tokenizer())
         options = {"num_blocks": 2000, "num_threads": 1, **config}
         return Engine(
             roles.pop("base"),

@@ -23,7 +23,11 @@ from ivg_fast.params import ScoreInput, SearchParams
 
 @dataclass(slots=True)
 class NaiveModels:
-    """Stock models by role. `value` has a `backbone` and a `score_head` (a bias-free Linear)."""
+    """Stock models by role.
+
+    `value` has a `backbone` and a `score_head`, a Linear to the vocabulary or to one number; or it
+    is a classification model of transformers; or a NaiveTextValue.
+    """
 
     base: Any
     tokenizer: Any
@@ -38,13 +42,40 @@ class NaiveModels:
             model = getattr(self, role)
             tokens = torch.tensor([ids])
             with torch.inference_mode():
-                if role == "value":
+                if role == "value" and hasattr(model, "backbone"):
                     hidden = model.backbone(tokens, use_cache=False).last_hidden_state[0, -1]
                     row = model.score_head(hidden)
+                elif role == "value":
+                    row = model(tokens, use_cache=False).logits.reshape(-1)[-1:]
                 else:
                     row = model(tokens, use_cache=False).logits[0, -1]
             self.memory[role, ids] = row.double().numpy()
         return self.memory[role, ids]
+
+    def value_of(self, ids: tuple[int, ...]) -> float:
+        """V of a whole sequence: w_y . h at the token before its last, y; or the head's number."""
+        before = self.logits("value", ids[:-1])
+        if len(before) > 1:
+            return float(before[ids[-1]])
+        return float(self.logits("value", ids)[0])
+
+
+@dataclass(slots=True)
+class NaiveTextValue:
+    """A value model with a tokenizer of its own: each text from its first token, by itself."""
+
+    model: Any
+    tokenizer: Any
+
+    def __call__(self, inputs: list[ScoreInput]) -> list[float]:
+        models = NaiveModels(base=None, tokenizer=None, value=self.model)
+        scores = []
+        for item in inputs:
+            ids = self.tokenizer(item.prompt + item.response).input_ids
+            if item.ends_text:
+                ids.append(self.tokenizer.eos_token_id)
+            scores.append(models.value_of(tuple(ids)))
+        return scores
 
 
 @dataclass(slots=True)
@@ -326,7 +357,7 @@ class NaiveSearch:
             candidate.needs_eos = params.score_eos_on_truncation
 
     def score(self, pool: list[NaiveCandidate]) -> None:
-        scorer = self.params.scorer
+        models, scorer = self.models, self.params.scorer
         for candidate in pool:
             said = candidate.token_ids
             add_eos = candidate.needs_eos and self.eos is not None
@@ -336,20 +367,28 @@ class NaiveSearch:
                 candidate.score = math.fsum(candidate.token_rewards)
                 if add_eos:
                     candidate.score += self.log_ratio(said, self.eos)
-            elif scorer == "explicit":
+            elif scorer == "explicit" and not isinstance(models.value, NaiveTextValue):
                 scored = (*said, self.eos) if add_eos else said
-                candidate.score = float(self.logits("value", scored[:-1])[scored[-1]])
+                candidate.score = self.value_of(self.context("value", scored))
+        if scorer == "explicit" and isinstance(models.value, NaiveTextValue):
+            scorer = models.value
         if callable(scorer):
             for candidate, value in zip(pool, scorer([self.seen(c) for c in pool]), strict=True):
                 candidate.score = float(value)
 
+    # A rule that a planted bug replaces.
+    def value_of(self, ids: tuple[int, ...]) -> float:
+        return self.models.value_of(ids)
+
     def seen(self, candidate: NaiveCandidate) -> ScoreInput:
         decode = self.models.tokenizer.decode
+        reader = "value" if self.params.scorer == "explicit" else "base"
         return ScoreInput(
-            prompt=decode(list(self.prompts["base"]), skip_special_tokens=True),
+            prompt=decode(list(self.prompts[reader]), skip_special_tokens=True),
             response=decode(list(candidate.token_ids), skip_special_tokens=True),
             token_ids=candidate.token_ids,
             is_finished=candidate.finish_reason is not None,
+            ends_text=candidate.finish_reason == "stop" or candidate.needs_eos,
         )
 
     def look_for_ties(self, ranking: list[NaiveCandidate]) -> None:

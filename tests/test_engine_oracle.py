@@ -177,7 +177,7 @@ def test_twins_tie_by_their_ids_whatever_their_rows_round_to(monkeypatch, has_tw
 
         return noisy
 
-    for name in ("_by_pair", "_by_value", "_in_hand"):
+    for name in ("_by_pair", "_by_vocabulary_head", "_in_hand"):
         monkeypatch.setattr(ChunkScorer, name, by_pair_or_value(getattr(ChunkScorer, name)))
     monkeypatch.setattr(
         ChunkScorer,

@@ -220,7 +220,8 @@ void bind_scheduler(py::module_& m) {
           [](Scheduler& s, std::vector<int32_t> prompt_lens, uint32_t step_roles,
              uint32_t settle_roles, int32_t guidance, int32_t beam_width, int32_t num_candidates,
              int32_t chunk_length, int32_t max_tokens, int32_t num_outputs, uint64_t seed,
-             bool has_scorer, bool dedup_finished, bool score_eos_on_truncation, bool only_check) {
+             bool has_scorer, bool dedup_finished, bool score_eos_on_truncation, bool reads_eos,
+             bool only_check) {
             RequestSpec spec;
             spec.prompt_lens = std::move(prompt_lens);
             spec.step_roles = step_roles;
@@ -235,6 +236,7 @@ void bind_scheduler(py::module_& m) {
             spec.has_scorer = has_scorer;
             spec.dedup_finished = dedup_finished;
             spec.score_eos_on_truncation = score_eos_on_truncation;
+            spec.reads_eos = reads_eos;
             if (!only_check) return s.add_request(std::move(spec));
             s.check_request(std::move(spec));
             return int64_t{-1};
@@ -244,7 +246,7 @@ void bind_scheduler(py::module_& m) {
           py::arg("num_candidates") = 1, py::arg("chunk_length") = 0, py::arg("max_tokens"),
           py::arg("num_outputs") = 1, py::arg("seed") = 0, py::arg("has_scorer") = false,
           py::arg("dedup_finished") = false, py::arg("score_eos_on_truncation") = false,
-          py::arg("only_check") = false)
+          py::arg("reads_eos") = false, py::arg("only_check") = false)
       .def(
           "abort",
           [](Scheduler& s, int64_t request_id, bool is_deadline) {

@@ -81,7 +81,7 @@ const BurstPlan& Scheduler::plan() {
   for (const auto& request : running_) {
     const RequestSpec& spec = request->search.spec;
     plan_.table_width =
-        std::max(plan_.table_width, spec.prompt_blocks() + blocks_for(spec.max_tokens));
+        std::max(plan_.table_width, spec.prompt_blocks() + blocks_for(spec.max_length()));
   }
   plan_prefill();
   std::vector<Request*> taking_part;
@@ -224,11 +224,11 @@ const ScorePlan& Scheduler::plan_scores() {
     }
   }
   for (Request* request : requests) {
-    const Search& search = request->search;
+    Search& search = request->search;
     const auto index = static_cast<int32_t>(plan.request_ids.size());
     const auto first_row = static_cast<int32_t>(plan.row_request.size());
     int32_t num_rows = 0;
-    for (const Candidate& candidate : search.pool) {
+    for (Candidate& candidate : search.pool) {
       if (candidate.is_scored) continue;
       plan.row_twin.push_back(first_row + num_rows);
       plan.row_request.push_back(index);
@@ -237,8 +237,10 @@ const ScorePlan& Scheduler::plan_scores() {
       plan.row_length.push_back(candidate.length);
       plan.row_finish.push_back(static_cast<uint8_t>(candidate.finish));
       const bool is_cut = candidate.finish == Finish::kLength;
-      plan.row_adds_eos.push_back(candidate.finish == Finish::kStopText ||
-                                  (is_cut && search.spec.score_eos_on_truncation));
+      const bool adds_eos =
+          candidate.finish == Finish::kStopText || (is_cut && search.spec.score_eos_on_truncation);
+      if (adds_eos && search.spec.reads_eos) search.reserve_tokens(&candidate, 1);
+      plan.row_adds_eos.push_back(adds_eos);
       plan.row_reward.push_back(candidate.reward);
       const size_t begin = plan.row_tokens.size();
       plan.row_tokens.resize(begin + plan.max_new_tokens, -1);

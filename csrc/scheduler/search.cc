@@ -65,10 +65,10 @@ int32_t RequestSpec::prompt_blocks() const { return blocks_for(longest_prompt())
 
 int64_t RequestSpec::worst_case_blocks() const {
   const int64_t rows = pool_size();
-  if (chunk_length == 0) return prompt_blocks() + rows * blocks_for(max_tokens);
+  if (chunk_length == 0) return prompt_blocks() + rows * blocks_for(max_length());
   // A child owns its copy of the partly filled block (up to 15 tokens) and the chunk behind it.
-  return prompt_blocks() + int64_t{beam_width} * blocks_for(max_tokens) +
-         rows * blocks_for(int64_t{kBlockSize} - 1 + chunk_length);
+  return prompt_blocks() + int64_t{beam_width} * blocks_for(max_length()) +
+         rows * blocks_for(int64_t{kBlockSize} - 1 + chunk_length + reads_eos);
 }
 
 Search::Search(RequestSpec spec, BlockPool* blocks) : spec(std::move(spec)), blocks_(blocks) {}

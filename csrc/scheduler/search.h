@@ -83,7 +83,10 @@ struct RequestSpec {
   bool has_scorer = false;
   bool dedup_finished = false;
   bool score_eos_on_truncation = false;
+  bool reads_eos = false;  // the scorer also writes the end of text that it reads behind a response
 
+  // Slots that a row can need.
+  int32_t max_length() const { return max_tokens + reads_eos; }
   int32_t pool_size() const { return beam_width * num_candidates; }
   int32_t longest_prompt() const;  // tokens, over the roles
   int32_t prompt_blocks() const;   // Bp

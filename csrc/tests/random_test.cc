@@ -28,6 +28,8 @@ RequestSpec random_spec(std::mt19937& rng) {
   spec.dedup_finished = pick(rng, 0, 1);
   spec.num_outputs = pick(rng, 1, spec.pool_size());
   spec.guidance = pick(rng, 0, 2);
+  spec.reads_eos = pick(rng, 0, 1);
+  spec.score_eos_on_truncation = pick(rng, 0, 1);
   return spec;
 }
 

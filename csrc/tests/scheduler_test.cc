@@ -257,6 +257,27 @@ TEST_CASE("score_eos_on_truncation asks for it at the limit, and only there") {
   }
 }
 
+TEST_CASE("a scorer that reads the end of text has a slot for it, also behind a full block") {
+  for (const bool reads : {false, true}) {
+    Scheduler scheduler(make_config());
+    RequestSpec spec = make_spec(1, 2, 0, 16);
+    spec.score_eos_on_truncation = true;
+    spec.reads_eos = reads;
+    scheduler.add_request(spec);
+    run_burst(&scheduler);
+    CHECK(scheduler.stats().num_blocks_used == 2 + 2);
+    const ScorePlan& plan = scheduler.plan_scores();
+    scheduler.check_integrity();
+    CHECK(scheduler.stats().num_blocks_used == 2 + (reads ? 4 : 2));
+    CHECK(plan.table_width == 2 + (reads ? 2 : 1));
+    if (reads) CHECK(plan.row_tables[3] != plan.row_tables[plan.table_width + 3]);
+    const double values[] = {1, 2};
+    scheduler.commit_scores(0, values, 2, nullptr, 0);
+    scheduler.check_integrity();
+    CHECK(scheduler.stats().num_blocks_used == 0);
+  }
+}
+
 TEST_CASE("clones of a finished survivor are not scored again") {
   Scheduler scheduler(make_config());
   scheduler.add_request(make_spec(2, 2, 2, 6));

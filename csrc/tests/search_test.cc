@@ -359,6 +359,11 @@ TEST_CASE("worst_case_blocks is the formula of the design") {
   CHECK(make_spec(1, 8, 0, 50, 16).worst_case_blocks() == 1 + 8 * 4);
   CHECK(make_spec(2, 2, 1, 16, 17).worst_case_blocks() == 2 + 2 * 1 + 4 * 1);
   CHECK(make_spec(2, 2, 2, 16, 17).worst_case_blocks() == 2 + 2 * 1 + 4 * 2);
+  RequestSpec reads = make_spec(2, 2, 2, 16, 17);
+  reads.reads_eos = true;  // a slot more a row
+  CHECK(reads.worst_case_blocks() == 2 + 2 * 2 + 4 * 2);
+  reads.chunk_length = 0;
+  CHECK(reads.worst_case_blocks() == 2 + 4 * 2);
   RequestSpec roles = make_spec(1, 1, 0, 1);
   roles.prompt_lens = {3, 0, 33};
   CHECK(roles.prompt_blocks() == 3);

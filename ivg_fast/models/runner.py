@@ -23,7 +23,7 @@ from ivg_fast.models.batch import BLOCK_SIZE, ForwardBatch
 from ivg_fast.models.compiled import compiled_forward
 from ivg_fast.models.fast_modules import FastModules
 from ivg_fast.models.selftest import check_model
-from ivg_fast.models.value_head import ValueHeadModel
+from ivg_fast.models.value_head import ScalarHeadModel, ValueModel
 
 
 class ModelRunner:
@@ -34,14 +34,17 @@ class ModelRunner:
     a runner. Several runners may share one model, each with pools of its own.
 
     Args:
-        model: a causal language model of transformers, or a ValueHeadModel, on one device.
+        model: a causal language model of transformers, or a ValueModel, on one device.
         role: "base", "tuned", "untuned" or "value"; named in error messages.
         num_blocks: blocks to allocate at once; 0 leaves it to `allocate`.
         self_test: compare paged with stock logits first (see `selftest.check_model`).
         can_compile: run it through torch.compile, which takes the place of the faster forms.
 
     Attributes:
-        vocab_size: ids that the model both takes and scores; logits may be wider (padding).
+        vocab_size: ids that the model both takes and scores; logits may be wider (padding). A
+            scalar head scores all that it takes.
+        is_scalar: whether it is a ScalarHeadModel.
+        network: the transformers model, of a ValueModel its backbone.
         max_position: one past the last position that the model can take; None without a limit.
         eos_token_ids: the ids that end a text, by the model's own configuration.
 
@@ -60,21 +63,23 @@ class ModelRunner:
     ) -> None:
         self.model = model.eval()
         self.role = role
-        self._head = model.score_head if isinstance(model, ValueHeadModel) else None
-        self._network = _network_of(model, role)
-        if not hasattr(self._network, "set_attn_implementation"):
+        self._head = model.score_head if isinstance(model, ValueModel) else None
+        self.is_scalar = isinstance(model, ScalarHeadModel)
+        self.network = _network_of(model, role)
+        if not hasattr(self.network, "set_attn_implementation"):
             raise UnsupportedModelError(
-                f"{role} must be a transformers model, got {type(self._network).__name__}"
+                f"{role} must be a transformers model, got {type(self.network).__name__}"
             )
-        self.config: Any = self._network.config
-        self.dtype: torch.dtype = self._network.dtype
+        self.config: Any = self.network.config
+        self.dtype: torch.dtype = self.network.dtype
         self.device = _only_device(model, role)
         self.max_position = support.max_position(self.config)
-        self.eos_token_ids = support.eos_token_ids(self._network)
+        self.eos_token_ids = support.eos_token_ids(self.network)
         support.check_config(self.config)
-        self._parameters = inspect.signature(self._network.forward).parameters
+        self._parameters = inspect.signature(self.network.forward).parameters
         self._can_keep = "logits_to_keep" in self._parameters
         self._layers: list[LayerCache] = []
+        self._owner: ModelRunner | None = None  # whose pools it uses
         self.num_blocks = 0
 
         # Packed rows hold no padding: a token with the pad's id is a token, and no forward should
@@ -89,13 +94,13 @@ class ModelRunner:
         try:
             self.use_attention(ATTENTION_NAME)
             self._shapes, self.logits_width = self._probe()
-            self.vocab_size = min(
-                self.logits_width, self._network.get_input_embeddings().num_embeddings
-            )
+            self.vocab_size = self.network.get_input_embeddings().num_embeddings
+            if not self.is_scalar:
+                self.vocab_size = min(self.vocab_size, self.logits_width)
             if self_test:
                 check_model(self)
             if can_compile:
-                self._compiled = compiled_forward(self._network, role)
+                self._compiled = compiled_forward(self.network, role)
                 if self_test:
                     check_model(self, can_shorten_window=False)
         except BaseException:
@@ -110,7 +115,7 @@ class ModelRunner:
     @property
     def bytes_per_block(self) -> int:
         """Bytes that one block of 16 tokens takes in all pools of this runner."""
-        return BLOCK_SIZE * sum(shape.num_bytes for shape in self._shapes)
+        return 0 if self._owner else BLOCK_SIZE * sum(shape.num_bytes for shape in self._shapes)
 
     @property
     def pools(self) -> list[torch.Tensor]:
@@ -118,7 +123,10 @@ class ModelRunner:
         return [pool for layer in self._layers for pool in (layer.key_pool, layer.value_pool)]
 
     def allocate(self, num_blocks: int) -> None:
-        """Makes new pools of `num_blocks` blocks; what the old ones held is gone."""
+        """Makes new pools of `num_blocks` blocks; what the old ones held is gone. Nothing to do for
+        one that shares another's."""
+        if self._owner is not None:
+            return
         if num_blocks < 0:
             raise InvalidParameterError("num_blocks", num_blocks, "must be at least 0")
         windows = support.layer_windows(self.config, self.num_layers)
@@ -141,39 +149,55 @@ class ModelRunner:
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Runs the batch and writes its keys and values; the wanted logits [N, logits_width].
 
-        `logits_width` is at least `vocab_size`; the dtype is the model's. For a vocabulary head a
-        row is s(. | prefix) = score_head.weight @ hidden.
+        `logits_width` is at least `vocab_size`; the dtype is the model's. For a ValueModel a row is
+        what its head makes of the hidden state: s(. | prefix), or the one value.
         """
         if self._head is not None:
             return self._head(self.hidden(batch))
-        with attention_context(PagedContext(self._layers, batch)):
+        with attention_context(PagedContext(self._caches, batch)):
             if self._can_keep:
                 return self._call(batch, logits_to_keep=batch.logit_positions).logits[0]
             return self._call(batch).logits[0].index_select(0, batch.logit_positions)
 
     @torch.inference_mode()
     def hidden(self, batch: ForwardBatch) -> torch.Tensor:
-        """Like `forward`, but the hidden states [N, H] before the head of a ValueHeadModel."""
-        _ = self._value_head
-        with attention_context(PagedContext(self._layers, batch)):
+        """Like `forward`, but the hidden states [N, H] before the head of a ValueModel."""
+        _ = self.score_head
+        with attention_context(PagedContext(self._caches, batch)):
             states = self._call(batch).last_hidden_state[0]
         return states.index_select(0, batch.logit_positions)
 
-    @property
-    def head_weight(self) -> torch.Tensor:
-        """score_head.weight [V, H] of a ValueHeadModel."""
-        return self._value_head.weight
-
     @torch.inference_mode()
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Token values s(. | prefix) [N, V] from hidden states [N, H] of a ValueHeadModel."""
-        return self._value_head(hidden)
+    def forward_with_states(
+        self, batch: ForwardBatch, trunk: torch.nn.Module
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward`, and the hidden states [N, H] that its submodule `trunk` gave on the way."""
+        states: list[torch.Tensor] = []
+        hook = trunk.register_forward_hook(lambda _module, _inputs, out: states.append(out[0][0]))
+        try:
+            logits = self.forward(batch)
+        finally:
+            hook.remove()
+        return logits, states[0].index_select(0, batch.logit_positions)
+
+    def shares_trunk_with(self, other: ModelRunner) -> bool:
+        """Whether the backbone of this ValueModel is a part of the other's model."""
+        return any(module is self.network for module in other.model.modules())
+
+    def share_pools(self, other: ModelRunner) -> None:
+        """Keeps no keys and values of its own from now on, but those of `other`, layer by layer."""
+        self._owner = other
+        self._layers = []
+        self._fast_modules.remove()  # one packed copy of the trunk's weights is enough
+        self._fast_modules = other._fast_modules
 
     @property
-    def _value_head(self) -> torch.nn.Linear:
+    def score_head(self) -> torch.nn.Linear:
+        """The head of a ValueModel; UnsupportedModelError for another model."""
         if self._head is None:
             raise UnsupportedModelError(
-                f"{self.role} must be a ValueHeadModel, got {type(self.model).__name__}"
+                f"{self.role} must be a ValueHeadModel or a ScalarHeadModel, got "
+                f"{type(self.model).__name__}"
             )
         return self._head
 
@@ -186,7 +210,7 @@ class ModelRunner:
             self._fast_modules.install()
         else:
             self._fast_modules.remove()
-        self._network.set_attn_implementation(name)
+        self.network.set_attn_implementation(name)
 
     def close(self) -> None:
         """Frees the pools and gives the model its own attention back."""
@@ -195,10 +219,14 @@ class ModelRunner:
         self.config.pad_token_id = self._pad_token_id
         self.use_attention(self.stock_attention)
 
+    @property
+    def _caches(self) -> list[LayerCache]:
+        return self._layers if self._owner is None else self._owner._layers
+
     def _call(self, batch: ForwardBatch, **kwargs: Any) -> Any:
         if self.config._attn_implementation != ATTENTION_NAME:  # one that shares it has closed
             self.use_attention(ATTENTION_NAME)
-        run = self._compiled or self._network
+        run = self._compiled or self.network
         return run(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -215,7 +243,7 @@ class ModelRunner:
         probe = ProbeContext()
         try:
             with attention_context(probe):
-                output = self._network(
+                output = self.network(
                     input_ids=ids,
                     position_ids=torch.arange(2, device=self.device)[None],
                     use_cache=False,
@@ -237,7 +265,7 @@ class ModelRunner:
 
 
 def _network_of(model: torch.nn.Module, role: str) -> Any:
-    trunk = model.backbone if isinstance(model, ValueHeadModel) else model
+    trunk = model.backbone if isinstance(model, ValueModel) else model
     return support.plain_network(trunk, role)
 
 

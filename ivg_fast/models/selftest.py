@@ -4,8 +4,10 @@
 Three sequences of random tokens go through every path that an engine takes: whole prompts, a decode
 step beside a fresh prompt, and extensions by chunks, over scattered blocks and with the unread hole
 between prompt and response that a longer prompt of another role leaves. Each position's logits are
-compared with those of the model's own attention on the whole sequence at once. A sliding window
-longer than these sequences is shortened meanwhile, or the check could not see it.
+compared with those of the model's own attention on the whole sequence at once; for a scalar head
+the hidden states that it reads, as one number could agree by chance, or lie in a spread too small
+to measure by. A sliding window longer than these sequences is shortened meanwhile, or the check
+could not see it.
 """
 
 from __future__ import annotations
@@ -60,8 +62,9 @@ def check_model(runner: ModelRunner, *, can_shorten_window: bool = True) -> floa
         limit = _TOLERANCE_QUANTIZED
     if not deviation <= limit:  # also where it is NaN
         raise UnsupportedModelError(
-            f"{runner.role}: model type {runner.config.model_type!r} computes other logits on the "
-            f"paged cache than by itself: deviation {deviation:.3g}, at most {limit:g} expected in "
+            f"{runner.role}: model type {runner.config.model_type!r} computes other "
+            f"{'hidden states' if runner.is_scalar else 'logits'} on the paged cache than by "
+            f"itself: deviation {deviation:.3g}, at most {limit:g} expected in "
             f"{str(runner.dtype).removeprefix('torch.')}"
         )
     return deviation
@@ -100,10 +103,13 @@ def _deviation(runner: ModelRunner) -> float:
 
 
 def _stock_logits(runner: ModelRunner, text: torch.Tensor) -> torch.Tensor:
-    """[n, V] of the whole text by the model's own attention."""
+    """[n, V] of the whole text by the model's own attention; [n, H] for a scalar head."""
     ids = text[None].to(runner.device)
     positions = torch.arange(len(text), device=runner.device)[None]
-    output = runner.model(input_ids=ids, position_ids=positions, use_cache=False)
+    model = runner.network if runner.is_scalar else runner.model
+    output: Any = model(input_ids=ids, position_ids=positions, use_cache=False)
+    if runner.is_scalar:
+        return output.last_hidden_state[0].float()
     return getattr(output, "logits", output)[0].float()
 
 
@@ -130,7 +136,8 @@ def _paged_logits(
                     spans.append((row, begin, end))
         if spans:
             batch = _pack(texts, table, spans, runner.device)
-            logits = runner.forward(batch).float().split([end - begin for _, begin, end in spans])
+            outputs = runner.hidden(batch) if runner.is_scalar else runner.forward(batch)
+            logits = outputs.float().split([end - begin for _, begin, end in spans])
             steps.append(
                 [(row, begin, x) for (row, begin, _), x in zip(spans, logits, strict=True)]
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Value models with a vocabulary head: a backbone and a bias-free map to the vocabulary."""
+"""Value models: a backbone with a vocabulary head or a scalar head."""
 
 from __future__ import annotations
 
@@ -8,22 +8,29 @@ import os
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import MODEL_MAPPING, AutoConfig
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.utils.hub import cached_file
 
-from ivg_fast.errors import InvalidParameterError
+from ivg_fast.errors import InvalidParameterError, UnsupportedModelError
+from ivg_fast.models.attention import ATTENTION_NAME
 from ivg_fast.models.loading import check_complete, checked_dtype, place
 
 HEAD_NAME = "score_head.weight"
 
 
-class ValueHeadModel(torch.nn.Module):
-    """s(y | prefix) = w_y . h of the prefix's last token (arXiv 2409.17819, the released models).
+class ValueModel(torch.nn.Module):
+    """An explicit value function: a backbone and a linear head; see its two kinds below.
 
     Attributes:
         backbone: a transformers decoder without a language-model head.
-        score_head: Linear(H, V) without a bias; row y of its weight is w_y.
+        score_head: the Linear that reads its hidden states.
     """
 
     backbone: Any
@@ -33,8 +40,6 @@ class ValueHeadModel(torch.nn.Module):
         super().__init__()
         config: Any = backbone.config
         width = config.get_text_config().hidden_size
-        if score_head.bias is not None:
-            raise InvalidParameterError("score_head.bias", "a bias", "must be None")
         if score_head.in_features != width:
             raise InvalidParameterError(
                 "score_head.in_features",
@@ -53,8 +58,94 @@ class ValueHeadModel(torch.nn.Module):
         return self.backbone.dtype
 
     def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Token values s(. | prefix) [B, T, V] of each prefix of `input_ids` [B, T]."""
+        """The head's outputs at every position of `input_ids` [B, T]: [B, T, V] or [B, T, 1]."""
         return self.score_head(self.backbone(input_ids, **kwargs).last_hidden_state)
+
+
+class ValueHeadModel(ValueModel):
+    """s(y | prefix) = w_y . h of the prefix's last token (arXiv 2409.17819, the released models).
+
+    `score_head` is Linear(H, V) without a bias; row y of its weight is w_y.
+    """
+
+    def __init__(self, backbone: torch.nn.Module, score_head: torch.nn.Linear) -> None:
+        if score_head.bias is not None:
+            raise InvalidParameterError("score_head.bias", "a bias", "must be None")
+        super().__init__(backbone, score_head)
+
+
+class ScalarHeadModel(ValueModel):
+    """V(prefix) = w . h + b of the prefix's last token: a reward model with one label.
+
+    `score_head` is Linear(H, 1), with or without a bias.
+    """
+
+    def __init__(self, backbone: torch.nn.Module, score_head: torch.nn.Linear) -> None:
+        if score_head.out_features != 1:
+            raise InvalidParameterError(
+                "score_head.out_features", score_head.out_features, "must be 1"
+            )
+        super().__init__(backbone, score_head)
+
+
+def as_value_model(model: torch.nn.Module) -> ValueModel:
+    """A value model in hand, or the scalar head of a sequence or token classification model.
+
+    Raises:
+        InvalidParameterError: a classification model with another number of labels than one.
+        UnsupportedModelError: anything else, or a classification model that is more than a linear
+            head on a decoder's last hidden states.
+    """
+    if isinstance(model, ValueModel):
+        return model
+    kind = type(model).__name__
+    if not is_classifier(kind):
+        raise UnsupportedModelError(
+            "value must be a ValueHeadModel, a ScalarHeadModel, or a sequence or token "
+            f"classification model of transformers with one label, got {kind}"
+        )
+    network: Any = model
+    check_one_label(network.config)
+    head = getattr(network, "score", getattr(network, "classifier", None))
+    if not isinstance(head, torch.nn.Linear) or network.base_model is network:
+        raise UnsupportedModelError(f"value: {kind} has no linear `score` or `classifier` head")
+    scalar = ScalarHeadModel(network.base_model, head)
+    _check_equal(network.eval(), scalar.eval())
+    return scalar
+
+
+def is_classifier(architecture: str) -> bool:
+    """Whether the class name is that of a sequence or token classification model."""
+    return architecture.endswith(("ForSequenceClassification", "ForTokenClassification"))
+
+
+def check_one_label(config: Any) -> None:
+    """InvalidParameterError unless the config has one label."""
+    if config.num_labels != 1:
+        raise InvalidParameterError(
+            "num_labels", config.num_labels, "must be 1 for a model to be a value function"
+        )
+
+
+@torch.inference_mode()
+def _check_equal(network: Any, scalar: ScalarHeadModel) -> None:
+    """Refuses a classification model that does more than its head on the last hidden states."""
+    pad = network.config.get_text_config().pad_token_id
+    ids = torch.tensor([[i for i in range(6) if i != pad][:4]], device=network.device)
+    is_served = network.config._attn_implementation == ATTENTION_NAME  # another engine has it
+    if is_served:
+        network.set_attn_implementation("eager")
+    try:
+        theirs = network(input_ids=ids, use_cache=False).logits.reshape(-1)[-1].float()
+        ours = scalar(ids, use_cache=False)[0, -1, 0].float()
+    finally:
+        if is_served:
+            network.set_attn_implementation(ATTENTION_NAME)
+    if not torch.allclose(theirs, ours, rtol=1e-2, atol=1e-3):
+        raise UnsupportedModelError(
+            f"value: {type(network).__name__} is more than a linear head on its last hidden "
+            f"states: it gives {float(theirs):.4g}, that head {float(ours):.4g}"
+        )
 
 
 def load_value_model(
@@ -62,30 +153,46 @@ def load_value_model(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str = "auto",
-) -> ValueHeadModel:
-    """Loads a vocabulary-head value model from a folder (or a hub repository's name).
+) -> ValueModel:
+    """Loads a value model from a folder (or a hub repository's name).
 
-    The folder holds the backbone's config.json and model.safetensors, or its shards with
-    model.safetensors.index.json: the backbone under the names that its causal language model uses
-    (`transformer.*`, `model.*`), and `score_head.weight` [V, H]. Pickles are never opened.
+    The folder holds config.json and model.safetensors, or its shards with
+    model.safetensors.index.json. With `score_head.weight` [V, H] among the weights it is a
+    ValueHeadModel, whose backbone stands under the names that its causal language model uses
+    (`transformer.*`, `model.*`). With a sequence or token classification model for its architecture
+    it is a ScalarHeadModel. Pickles are never opened.
 
     Args:
         path: the folder.
         device, dtype: as for `load_model`.
 
     Raises:
-        InvalidParameterError: no safetensors there, no score head, or weights missing.
+        InvalidParameterError: no safetensors there, neither kind of head, more than one label, or
+            weights missing.
+        UnsupportedModelError: as `as_value_model`.
     """
     name = os.fspath(path)
     dtype = checked_dtype(dtype)
+    files = _weight_files(name)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if any(HEAD_NAME in _names(file) for file in files):
+        model: ValueModel = _load_vocabulary_head(name, files, config, dtype)
+    else:
+        model = _load_scalar_head(name, config, dtype)
+    place(model, name, device, dtype)
+    return model
+
+
+def _load_vocabulary_head(
+    name: str, files: list[str], config: Any, dtype: torch.dtype | str
+) -> ValueHeadModel:
     state: dict[str, torch.Tensor] = {}
-    for file in _weight_files(name):
+    for file in files:
         state.update(load_file(file))
-    head = state.pop(HEAD_NAME, None)
-    if head is None or head.ndim != 2:
+    head = state.pop(HEAD_NAME)
+    if head.ndim != 2:
         raise InvalidParameterError("value", name, f"must hold {HEAD_NAME} of shape [V, H]")
     state.pop("lm_head.weight", None)
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     backbone, loading = MODEL_MAPPING[type(config)].from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
@@ -93,9 +200,40 @@ def load_value_model(
     score_head = torch.nn.Linear(head.shape[1], head.shape[0], bias=False, dtype=backbone.dtype)
     with torch.no_grad():
         score_head.weight.copy_(head)
-    model = ValueHeadModel(backbone, score_head)
-    place(model, name, device, dtype)
+    return ValueHeadModel(backbone, score_head)
+
+
+def _load_scalar_head(name: str, config: Any, dtype: torch.dtype | str) -> ScalarHeadModel:
+    architecture = next(iter(config.architectures or ()), "")
+    if not is_classifier(architecture):
+        raise InvalidParameterError(
+            "value",
+            name,
+            f"must hold {HEAD_NAME} of shape [V, H], or be a sequence or token classification "
+            "model with one label",
+        )
+    check_one_label(config)
+    is_sequence = architecture.endswith("ForSequenceClassification")
+    loader = AutoModelForSequenceClassification if is_sequence else AutoModelForTokenClassification
+    try:
+        network, loading = loader.from_pretrained(
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except ValueError as error:
+        raise UnsupportedModelError(f"value: {architecture} cannot be loaded: {error}") from error
+    check_complete("value", name, loading)
+    model = as_value_model(network)
+    assert isinstance(model, ScalarHeadModel)
     return model
+
+
+def _names(file: str) -> set[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return set(tensors.keys())
 
 
 def _weight_files(name: str) -> list[str]:

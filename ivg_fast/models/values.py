@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """How value functions measure tokens and texts.
 
-Two kinds. A value that lives in a role of the engine (the implicit pair, an explicit vocabulary
-head) measures a token from that role's output at the position before it; the role runs the sampled
-tokens on the paged cache as every other does. A callable sees texts, so it may be anything.
+A value that lives in a role of the engine measures from that role's outputs, and the role runs the
+sampled tokens on the paged cache as every other does: the implicit pair and a vocabulary head at
+the position before a token, a scalar head at the token itself. A ValueFunction sees texts, so it
+may be anything.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +22,41 @@ from ivg_fast.errors import ScorerError
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.ops.token_logprobs import pair_token_logprobs
 from ivg_fast.params import ScoreInput, Scorer
+
+
+class ValueFunction(Protocol):
+    """What scores texts: any callable of this signature, a plain function too.
+
+    Given to an engine as its `value`, it is what scorer="explicit" asks, with the value role's
+    prompt; given as SearchParams.scorer, it sees the base model's. An engine calls it once a
+    request and selection, with every candidate that has no score yet. One that also has `close()`
+    is closed together with the engine whose `value` it is.
+    """
+
+    def __call__(self, inputs: list[ScoreInput], /) -> Sequence[float]:
+        """One finite number an input, larger is better."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ExplicitValue:
+    """Which explicit value an engine has.
+
+    Attributes:
+        kind: "vocabulary" and "scalar" are heads that share the base's token ids; "text" goes
+            through text.
+        shares_trunk: its backbone is that of `tuned`, so one forward serves both.
+        function: of kind "text".
+    """
+
+    kind: Literal["none", "vocabulary", "scalar", "text"] = "none"
+    shares_trunk: bool = False
+    function: ValueFunction | None = None
+
+    @property
+    def is_role(self) -> bool:
+        """Whether it runs on the engine's paged cache."""
+        return self.kind in ("vocabulary", "scalar")
 
 
 class TokenScorer:
@@ -31,7 +69,7 @@ class TokenScorer:
 
     def __init__(self, runners: Mapping[str, ModelRunner], vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._head = runners["value"].head_weight if "value" in runners else None
+        self._head = runners["value"].score_head if "value" in runners else None
 
     @torch.inference_mode()
     def scores(
@@ -61,8 +99,17 @@ class TokenScorer:
             measured = pair_token_logprobs(tuned, untuned, ids, index)
         else:
             assert self._head is not None
-            measured = (outputs[0][index].float() * self._head[ids].float()).sum(-1)
+            measured = (outputs[0][index].float() * self._head.weight[ids].float()).sum(-1)
         return measured.double().numpy()
+
+    @torch.inference_mode()
+    def scalars(self, states: torch.Tensor) -> NDArray[np.float64]:
+        """float64 [N]: what a scalar head makes of hidden states [N, H]."""
+        assert self._head is not None
+        values = states.float() @ self._head.weight[0].float()
+        if self._head.bias is not None:
+            values = values + self._head.bias.float()
+        return values.double().numpy()
 
 
 def call_scorer(scorer: Scorer, inputs: list[ScoreInput]) -> NDArray[np.float64]:

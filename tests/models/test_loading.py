@@ -9,12 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_cases import CLASSIFIERS, classifier
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import redraw_weights, tiny_config, tiny_model, tiny_tokenizer
+from transformers import LlamaForSequenceClassification
 
-from ivg_fast.errors import InvalidParameterError
+from ivg_fast.errors import InvalidParameterError, UnsupportedModelError
 from ivg_fast.models.loading import load_model, load_tokenizer
-from ivg_fast.models.value_head import ValueHeadModel, load_value_model
+from ivg_fast.models.value_head import (
+    ScalarHeadModel,
+    ValueHeadModel,
+    as_value_model,
+    load_value_model,
+)
+from ivg_fast.training.value_model import PrefixValueModel
 
 IDS = torch.arange(12)[None]
 
@@ -163,3 +171,108 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(InvalidParameterError, match="tokenizer must be loadable") as caught:
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+CLASSIFIED = [
+    (kind, name)
+    for kind in CLASSIFIERS
+    for name in ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "mixtral", "gpt_neox")
+] + [("sequence", "gemma3"), ("sequence", "opt"), ("sequence", "phi3"), ("token", "stablelm")]
+
+
+@pytest.mark.parametrize(("kind", "name"), CLASSIFIED)
+def test_scalar_roundtrip(tmp_path: Path, kind: str, name: str) -> None:
+    """Either head name, with and without a bias; the stock model says what it is worth."""
+    stock = classifier(name, kind, vocab_size=97, seed=3)
+    stock.save_pretrained(tmp_path)
+    loaded = load_value_model(tmp_path)
+    assert isinstance(loaded, ScalarHeadModel)
+    loaded.backbone.set_attn_implementation(stock.config._attn_implementation)
+    for n in (1, 5, 12):
+        wanted = stock(IDS[:, :n]).logits.reshape(-1)[-1]
+        torch.testing.assert_close(loaded(IDS[:, :n])[0, -1, 0], wanted)
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize("head", ["scalar", "vocabulary"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_what_training_saves(tmp_path: Path, name: str, head: str) -> None:
+    trained = PrefixValueModel(tiny_model(name, seed=2).base_model, head).eval()
+    for parameter in (trained.shared, *([trained.delta] if head == "vocabulary" else [])):
+        torch.nn.init.normal_(parameter)
+    trained.save(tmp_path, tiny_tokenizer())
+    loaded = load_value_model(tmp_path)
+    assert isinstance(loaded, ScalarHeadModel if head == "scalar" else ValueHeadModel)
+    with torch.inference_mode():
+        values = loaded(IDS)[0]
+        wanted = trained.values(IDS)[0]
+    if head == "scalar":
+        torch.testing.assert_close(values[1:, 0], wanted)
+    else:
+        torch.testing.assert_close(values[:-1].gather(1, IDS[0, 1:, None])[:, 0], wanted)
+
+
+def test_a_module_in_hand_keeps_its_parts() -> None:
+    stock = classifier("llama", "sequence", vocab_size=97, seed=3)
+    model = as_value_model(stock)
+    assert model.backbone is stock.model
+    assert model.score_head is stock.score
+    assert as_value_model(model) is model
+
+
+@pytest.mark.parametrize("num_labels", [2, 5])
+def test_one_label_only(tmp_path: Path, num_labels: int) -> None:
+    config = tiny_config("gpt2", num_labels=num_labels)
+    model = CLASSIFIERS["sequence"].from_config(config)
+    model.save_pretrained(tmp_path)
+    for refused in (lambda: load_value_model(tmp_path), lambda: as_value_model(model)):
+        with pytest.raises(InvalidParameterError, match="num_labels must be 1") as caught:
+            refused()
+        assert caught.value.value == num_labels
+
+
+def test_a_language_model_is_no_value(tmp_path: Path) -> None:
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(InvalidParameterError, match=r"score_head.weight .* or be a sequence or"):
+        load_value_model(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="got GPT2LMHeadModel"):
+        as_value_model(tiny_model("gpt2"))
+
+
+class MoreForSequenceClassification(LlamaForSequenceClassification):
+    """Not a linear head alone: what it gives is squashed."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits.tanh() + 1
+        return output
+
+
+def test_a_head_that_is_more_than_linear_is_refused() -> None:
+    model = MoreForSequenceClassification(tiny_config("llama", num_labels=1))
+    redraw_weights(model, 1)
+    with pytest.raises(UnsupportedModelError, match="more than a linear head"):
+        as_value_model(model)
+
+
+def test_a_classifier_without_its_head_is_refused(tmp_path: Path) -> None:
+    classifier("llama", "sequence", vocab_size=97, seed=3).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["score.weight"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InvalidParameterError, match=r"score\.weight"):
+        load_value_model(tmp_path)
+
+
+def test_pickled_classifiers_are_refused(tmp_path: Path) -> None:
+    model = classifier("gpt2", "sequence", vocab_size=97, seed=3)
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(InvalidParameterError, match="pickles are not loaded"):
+        load_value_model(tmp_path)
+
+
+def test_scalar_head_has_one_output() -> None:
+    with pytest.raises(InvalidParameterError, match="out_features must be 1"):
+        ScalarHeadModel(tiny_model("gpt2").transformer, torch.nn.Linear(32, 2))

@@ -49,13 +49,13 @@ def test_a_wrong_position_is_seen() -> None:
     """The comparison above is no rubber stamp: one position off, and it fails."""
     runner = ModelRunner(tiny_model("llama"), role="base", self_test=False)
     driver = PagedDriver(1, num_rows=3, vocab_size=97)
-    stock = runner._network.forward
+    stock = runner.network.forward
 
     def shifted(**inputs):
         positions = inputs.pop("position_ids")
         return stock(**inputs, position_ids=positions + (positions > 9))
 
-    runner._network.forward = shifted
+    runner.network.forward = shifted
     assert worst_error(driver, drive(runner, driver), tiny_model("llama")) > 100 * TOLERANCE
 
 

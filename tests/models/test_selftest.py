@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from engine_cases import CLASSIFIERS, classifier
 from tiny_models import TINY_MODELS, redraw_weights, tiny_config, tiny_model
 
 from ivg_fast.errors import UnsupportedModelError
@@ -16,7 +17,7 @@ from ivg_fast.models import attention
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.selftest import check_model
 from ivg_fast.models.support import max_position
-from ivg_fast.models.value_head import ValueHeadModel
+from ivg_fast.models.value_head import ValueHeadModel, as_value_model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -113,6 +114,25 @@ def test_value_head_is_tested_through_its_head() -> None:
     head = torch.nn.Linear(32, 97, bias=False)
     runner = ModelRunner(ValueHeadModel(backbone, head), role="value")
     assert check_model(runner) < 5e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gemma2", "qwen3"])
+def test_scalar_heads_pass(name: str, kind: str, dtype: torch.dtype) -> None:
+    model = as_value_model(classifier(name, kind, vocab_size=97, seed=1))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    runner = ModelRunner(model, role="value", self_test=False)
+    assert check_model(runner) < (5e-6 if dtype == torch.float32 else 0.03)
+    assert runner.vocab_size == 97
+
+
+def test_scalar_heads_are_refused_where_they_disagree(monkeypatch) -> None:
+    model = as_value_model(classifier("mistral", "sequence", vocab_size=97, seed=1))
+    plant(monkeypatch, lambda kwargs: kwargs | {"sliding_window": None})
+    with pytest.raises(UnsupportedModelError, match="'mistral' computes other hidden states"):
+        ModelRunner(model, role="value")
 
 
 SMALL = {

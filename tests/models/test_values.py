@@ -31,7 +31,7 @@ def test_explicit_score_is_one_dot_product_a_token(seed: int) -> None:
     rng = np.random.default_rng(seed)
     hidden = torch.from_numpy(rng.normal(size=(5, 32)).astype(np.float32))
     rows, tokens = rng.integers(0, 5, 9), rng.integers(0, 97, 9)
-    expected = (hidden.double() @ runner.head_weight.detach().double().T).numpy()
+    expected = (hidden.double() @ runner.score_head.weight.detach().double().T).numpy()
     scores = TokenScorer({"value": runner}, 97).scores("explicit", [hidden], rows, tokens)
     np.testing.assert_allclose(scores, expected[rows, tokens], atol=1e-5)
     assert not np.allclose(scores, expected[rows, (tokens + 1) % 97], atol=1e-2)

@@ -292,6 +292,12 @@ class Device:
             for position in range(start, last):
                 slot = self.slot(request_id, table, position)
                 self.write(role, slot, new[position - start])
+            if request.scorer == "scalar_head" and plan.row_adds_eos[row]:
+                slot = self.slot(request_id, table, length)
+                if slot % BLOCK_SIZE == 0:  # a block that nobody else may have written
+                    self.forget(slot // BLOCK_SIZE)
+                self.write(role, slot, EOS)
+                assert self.read(request_id, role, table, length + 1)[-1] == EOS
             history = self.read(request_id, role, table, last) + tuple(new[last - start :])
             assert known is None or known == history
             known = history

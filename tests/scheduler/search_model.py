@@ -56,7 +56,12 @@ class Request:
         values = dataclasses.asdict(self)
         del values["eos_rate"]
         values["has_scorer"] = values.pop("scorer") != "none"
-        return {**values, "step_roles": self.step_roles, "settle_roles": self.settle_roles}
+        return {
+            **values,
+            "step_roles": self.step_roles,
+            "settle_roles": self.settle_roles,
+            "reads_eos": self.scorer == "scalar_head",
+        }
 
 
 def draw_token(request: Request, candidate_id: int, history: tuple[int, ...]) -> int:

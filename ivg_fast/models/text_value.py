@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A value model with a tokenizer of its own: it reads texts, and computes what is new in them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ivg_fast.errors import (
+    CapacityError,
+    InvalidParameterError,
+    IVGError,
+    VocabularyMismatchError,
+)
+from ivg_fast.models.batch import BLOCK_SIZE, ForwardBatch
+from ivg_fast.models.loading import load_tokenizer
+from ivg_fast.models.prefix_cache import Placement, PrefixCache
+from ivg_fast.models.runner import ModelRunner
+from ivg_fast.models.value_head import ValueModel, as_value_model, load_value_model
+from ivg_fast.models.values import TokenScorer
+from ivg_fast.models.vocabulary import load_guide_tokenizer
+from ivg_fast.ops.kv_cache import BlockCopier
+from ivg_fast.params import ScoreInput
+
+logger = logging.getLogger("ivg_fast")
+
+_DEFAULT_NUM_BLOCKS = 512
+
+
+class TextValueModel:
+    """A ValueFunction: a value model whose token ids are not the base model's.
+
+    It scores prompt + response, tokenised as one text, with its own end of text behind those that
+    have ended: a vocabulary head the last token given those before it, a scalar head the hidden
+    state at the last token. Special tokens that its tokenizer puts in front of a text (such as a
+    beginning of text) are put there unless the text begins with them. Tokens that a text has in
+    common with earlier ones are not computed again, whichever request these were of; the memory is
+    bounded, what was used longest ago gives way.
+
+    Args:
+        model: as the `value` of an Engine; it runs only through this object until `close`.
+        tokenizer: the model's own.
+        num_blocks: KV blocks of 16 tokens; None: as many as the engine whose value it is gives its
+            other models, or 512.
+
+    Attributes:
+        num_tokens_forwarded: tokens computed so far.
+
+    Raises:
+        UnsupportedModelError: the model cannot be served.
+        InvalidParameterError: a tokenizer without an end of text.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, tokenizer: Any, *, num_blocks: int | None = None
+    ) -> None:
+        if getattr(tokenizer, "eos_token_id", None) is None:
+            raise InvalidParameterError(
+                "tokenizer", type(tokenizer).__name__, "must have an end-of-text token"
+            )
+        self.tokenizer = tokenizer
+        self.num_tokens_forwarded = 0
+        self.num_blocks = num_blocks
+        self._prefix = _tokens_in_front(tokenizer)
+        self.runner = ModelRunner(as_value_model(model), role="value")
+        self._scorer = TokenScorer({"value": self.runner}, self.runner.vocab_size)
+        self._cache: PrefixCache | None = None
+
+    def allocate(self, num_blocks: int) -> None:
+        """Makes the KV pools anew; every text is forgotten."""
+        self.runner.allocate(num_blocks)
+        self._cache = PrefixCache(num_blocks)
+        self._copy = BlockCopier(self.runner.pools).copy
+        self.num_blocks = num_blocks
+
+    def close(self) -> None:
+        """Frees the KV pools and gives the model its own attention back."""
+        self.runner.close()
+        self._cache = None
+        self.num_blocks = 0
+        vars(self).pop("_copy", None)
+
+    def encode(self, item: ScoreInput) -> list[int]:
+        """The token ids of what is scored."""
+        ids = list(self.tokenizer(item.prompt + item.response, add_special_tokens=False).input_ids)
+        if ids[: len(self._prefix)] != self._prefix:
+            ids = self._prefix + ids
+        return [*ids, self.tokenizer.eos_token_id] if item.ends_text else ids
+
+    def __call__(self, inputs: list[ScoreInput], /) -> Sequence[float]:
+        """The values of texts, in their order.
+
+        Raises:
+            CapacityError: a text that is longer than the model's positions, or than its KV pool.
+            InvalidParameterError: a text without tokens.
+        """
+        if self.num_blocks == 0:
+            raise IVGError("the value model is closed")
+        if not inputs:
+            return []
+        texts = [self.encode(item) for item in inputs]
+        for item, ids in zip(inputs, texts, strict=True):
+            self._check(item, ids)
+        if self.runner.is_scalar:
+            contexts = [tuple(ids) for ids in texts]
+        else:
+            contexts = [tuple(ids[:-1]) for ids in texts]
+        distinct = list(dict.fromkeys(contexts))
+        states = self._states(distinct)
+        row_of = {ids: row for row, ids in enumerate(distinct)}
+        rows = np.array([row_of[ids] for ids in contexts], np.int64)
+        if self.runner.is_scalar:
+            return self._scorer.scalars(states)[rows].tolist()
+        last = np.array([ids[-1] for ids in texts], np.int64)
+        return self._scorer.scores("explicit", [states], rows, last).tolist()
+
+    def _check(self, item: ScoreInput, ids: list[int]) -> None:
+        limit = self.runner.max_position
+        if limit is not None and len(ids) > limit:
+            raise CapacityError(
+                f"a text of {len(ids)} tokens exceeds the {limit} positions of value"
+            )
+        least = 1 if self.runner.is_scalar else 2
+        if len(ids) < least:
+            raise InvalidParameterError(
+                "inputs", item.prompt + item.response, f"must have {least} tokens to have a value"
+            )
+        if max(ids) >= self.runner.vocab_size:
+            raise InvalidParameterError(
+                "inputs", max(ids), f"must be token ids below {self.runner.vocab_size}"
+            )
+
+    def _states(self, texts: list[tuple[int, ...]]) -> torch.Tensor:
+        """Hidden states [N, H] at the last token of distinct texts."""
+        if self._cache is None:
+            self.allocate(self.num_blocks or _DEFAULT_NUM_BLOCKS)
+        assert self._cache is not None
+        parts: list[torch.Tensor] = []
+        done = 0
+        try:
+            while done < len(texts):
+                placed: list[Placement] = []
+                self._cache.begin_round()
+                for ids in texts[done:]:
+                    placement = self._cache.take(ids)
+                    if placement is None:
+                        break
+                    placed.append(placement)
+                parts.append(self._forward(texts[done : done + len(placed)], placed))
+                done += len(placed)
+        except BaseException:
+            self._cache.clear()  # what was to be computed is not there
+            raise
+        return torch.cat(parts)
+
+    def _forward(self, texts: list[tuple[int, ...]], placed: list[Placement]) -> torch.Tensor:
+        """Computes a round: the hidden state [N, H] at the last token of each text."""
+        copies = [placement.copy for placement in placed if placement.copy]
+        if copies:
+            self._copy(np.array(copies, np.int32))
+        table = np.zeros((len(placed), max(len(p.table) for p in placed)), np.int32)
+        ids, positions, slots = [], [], []
+        for line, text, p in zip(table, texts, placed, strict=True):
+            line[: len(p.table)] = p.table
+            position = np.arange(p.num_cached, len(text))
+            ids.append(text[p.num_cached :])
+            positions.append(position)
+            slots.append(line[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
+        stops = np.cumsum([len(new) for new in ids])
+        ends = np.array([len(text) for text in texts])
+        batch = ForwardBatch.from_host(
+            input_ids=np.concatenate(ids),
+            position_ids=np.concatenate(positions),
+            slot_mapping=np.concatenate(slots),
+            query_start_loc=np.concatenate([[0], stops]),
+            prompt_lens=ends,
+            response_lens=np.zeros(len(texts), np.int32),
+            response_block_start=-(-ends // BLOCK_SIZE),
+            block_table=table,
+            logit_positions=stops - 1,
+            device=self.runner.device,
+        )
+        self.num_tokens_forwarded += int(stops[-1])
+        return self.runner.hidden(batch)
+
+
+def _tokens_in_front(tokenizer: Any) -> list[int]:
+    """The special tokens that the tokenizer puts in front of a text."""
+    plain = list(tokenizer("a", add_special_tokens=False).input_ids)
+    whole = list(tokenizer("a").input_ids)
+    begins = range(len(whole) - len(plain) + 1)
+    first = next((i for i in begins if whole[i : i + len(plain)] == plain), 0)
+    return whole[:first]
+
+
+def load_value(
+    path: str | os.PathLike[str],
+    base_tokenizer: Any,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str = "auto",
+) -> tuple[ValueModel | TextValueModel, Any]:
+    """A value model by `load_value_model`, through text where its token ids are not the base's; and
+    its tokenizer, None where it has none."""
+    model = load_value_model(path, device=device, dtype=dtype)
+    try:
+        return model, load_guide_tokenizer(base_tokenizer, path, "value")
+    except VocabularyMismatchError as mismatch:
+        logger.info("value %s scores texts: %s", os.fspath(path), mismatch)
+        tokenizer = load_tokenizer(path)
+        return TextValueModel(model, tokenizer), tokenizer
