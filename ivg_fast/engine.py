@@ -21,6 +21,7 @@ from ivg_fast.errors import (
 )
 from ivg_fast.kv_budget import affordable_blocks
 from ivg_fast.loop import Ended, RequestLoop
+from ivg_fast.models import support
 from ivg_fast.models.loading import kwargs_of, load_model, load_tokenizer
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.text_value import TextValueModel, load_value
@@ -31,12 +32,7 @@ from ivg_fast.ops.kv_cache import BlockCopier
 from ivg_fast.outputs import RequestOutput
 from ivg_fast.params import EngineConfig, SearchParams
 from ivg_fast.prompts import RequestFactory
-from ivg_fast.rendering import (
-    PromptInput,
-    PromptRenderer,
-    as_prompt_list,
-    tokenizers_by_role,
-)
+from ivg_fast.rendering import PromptInput, PromptRenderer, as_prompt_list, tokenizers_by_role
 from ivg_fast.request import ROLES
 from ivg_fast.scorer_threads import ScorerThreads
 from ivg_fast.scoring import ChunkScorer
@@ -87,9 +83,8 @@ class Engine:
         if not isinstance(self.config, EngineConfig):
             raise InvalidParameterError("config", config, "must be an EngineConfig")
         self.tokenizer = tokenizer
-        self._tokenizers = tokenizers_by_role(tokenizer, tokenizers)
-        if isinstance(value, TextValueModel):
-            self._tokenizers.setdefault("value", value.tokenizer)
+        of_value = value.tokenizer if isinstance(value, TextValueModel) else None
+        self._tokenizers = tokenizers_by_role(tokenizer, tokenizers, of_value)
         self._renderer = PromptRenderer(self._tokenizers, templates)
         if (tuned is None) != (untuned is None):
             missing = "tuned" if tuned is None else "untuned"
@@ -113,7 +108,7 @@ class Engine:
                     raise InvalidParameterError(
                         role, model, "must be a torch module; Engine.from_pretrained takes paths"
                     )
-                _check_on_cpu(role, model)
+                support.check_on_cpu(model, role)
                 self._runners[role] = ModelRunner(model, role=role, can_compile=self.config.compile)
             self._set_up()
         except BaseException:
@@ -264,7 +259,7 @@ class Engine:
         """Decodes prompts together.
 
         Args:
-            prompts: a text, chat messages, token ids, or a list of these.
+            prompts: a text, chat messages, token ids, a Prompt, or a list of these.
             params: for all prompts, or one each.
             seeds: one a prompt. Without it, prompt i of one params object with a seed draws from a
                 seed derived from (seed, i), that of i = 0 being the seed itself.
@@ -280,8 +275,7 @@ class Engine:
         """
         self._check_usable()
         requests = self._factory.create(as_prompt_list(prompts), params, seeds)
-        for request in requests:
-            self._loop.check(request)
+        self._loop.check(requests)
         outputs: dict[int, RequestOutput] = {}
         failures: list[tuple[int, BaseException]] = []
         ids: dict[int, int] = {}
@@ -364,7 +358,7 @@ class Engine:
 
     def _can_serve(self, params: SearchParams) -> bool:
         try:
-            self._loop.check(*self._factory.create([WARMUP_PROMPT], params, None))
+            self._loop.check(self._factory.create([WARMUP_PROMPT], params, None))
         except IVGError:
             return False
         return True
@@ -400,12 +394,6 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _check_on_cpu(role: str, model: nn.Module) -> None:
-    for parameter in model.parameters():
-        if parameter.device.type != "cpu":
-            raise InvalidParameterError(role, str(parameter.device), "must be on the CPU")
 
 
 def _or_minus_one(value: int | None) -> int:

@@ -65,9 +65,10 @@ class RequestLoop:
         limit = self._max_queued
         return limit is None or self._scheduler.stats()["num_requests_waiting"] < limit
 
-    def check(self, request: LiveRequest) -> None:
-        """Raises what `submit` would, a full queue aside."""
-        self._scheduler.add_request(**request.spec(), only_check=True)
+    def check(self, requests: Sequence[LiveRequest]) -> None:
+        """Raises what `submit` would for one of them, a full queue aside."""
+        for request in requests:
+            self._scheduler.add_request(**request.spec(), only_check=True)
 
     def submit(self, request: LiveRequest) -> int:
         """Queues a request and returns its id.

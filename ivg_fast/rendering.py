@@ -82,11 +82,17 @@ def as_prompt_list(prompts: Any) -> list[Any]:
     return [items] if is_one else items
 
 
-def tokenizers_by_role(base: Any, others: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The base's tokenizer and those of other roles; InvalidParameterError for no such role."""
+def tokenizers_by_role(
+    base: Any, others: Mapping[str, Any] | None, of_value: Any
+) -> dict[str, Any]:
+    """The base's tokenizer, those of other roles, and the one that a value model brings along.
+
+    Raises:
+        InvalidParameterError: a tokenizer of no such role.
+    """
     if others is not None and not isinstance(others, Mapping):
         raise InvalidParameterError("tokenizers", others, "must be tokenizers by role")
-    tokenizers = {"base": base}
+    tokenizers = {"base": base} if of_value is None else {"base": base, "value": of_value}
     for role, tokenizer in (others or {}).items():
         if role not in ROLES[1:]:
             raise InvalidParameterError(

@@ -14,7 +14,13 @@ from engine_cases import CELLS, Family, compare, fresh_seed, random_cases, run_e
 from test_engine_models import adapted, dynamic_int8
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ivg_fast import Engine, EngineConfig, SearchParams, UnsupportedModelError
+from ivg_fast import (
+    Engine,
+    EngineConfig,
+    InvalidParameterError,
+    SearchParams,
+    UnsupportedModelError,
+)
 from ivg_fast.models.runner import ModelRunner
 
 SEED = fresh_seed()
@@ -121,6 +127,11 @@ def test_what_cannot_be_compiled_is_refused(kind: str) -> None:
     assert model.config._attn_implementation == stock
     with Engine(model, tiny_tokenizer(), config=EngineConfig(num_blocks=60)) as engine:
         assert engine.generate("abc", SearchParams(max_tokens=3))[0].outputs[0].token_ids
+
+
+def test_a_value_on_the_trunk_is_not_compiled() -> None:
+    with pytest.raises(InvalidParameterError, match="compile must be False where value shares"):
+        Family("gpt2", seed=SEED, value="scalar trunk").engine(compile=True)
 
 
 @pytest.mark.usefixtures("traced")

@@ -23,7 +23,15 @@ from engine_cases import (
 )
 from naive_search import NaiveModels, NaiveResult, NaiveSearch
 
-from ivg_fast import Prompt, ScoreInput, SearchParams, Template, batches, burst
+from ivg_fast import (
+    InvalidParameterError,
+    Prompt,
+    ScoreInput,
+    SearchParams,
+    Template,
+    batches,
+    burst,
+)
 from ivg_fast.request import ROLES
 
 SEED = fresh_seed()
@@ -166,6 +174,26 @@ def test_a_text_of_a_role_is_not_written_again() -> None:
     given = Prompt("1+1", tuned="7 (0)", value=[5, 6, 9])
     case = replace(case, prompt=ids.pop("base"), of_role=ids, given=given)
     assert_same(run_engine(served, [case]), [case.solve(naive("llama"))], [case])
+
+
+@pytest.mark.parametrize("value", ["scalar", "text", "scalar text"])
+def test_every_kind_of_value_reads_its_own_prompt(value: str) -> None:
+    of = Family("gpt2", seed=SEED, value=value)
+    rng = random.Random(f"{SEED} {value}")
+    cases = []
+    for guidance in ("none", "implicit") * 3:
+        texts = {r: "".join(rng.choices("0123456+-*/", k=rng.choice(LENGTHS))) for r in ROLES}
+        ids = {role: spelt(of, text, None) for role, text in texts.items()}
+        case = random_case(rng, of, guidance, "explicit", beam_width=2, num_candidates=2)
+        cases.append(replace(case, prompt=ids.pop("base"), of_role=ids, given=Prompt(**texts)))
+    models = of.naive()
+    with of.engine(max_burst_steps=8) as served:
+        outputs = run_engine(served, cases)
+        if "text" in value:
+            case = cases[0]
+            with pytest.raises(InvalidParameterError, match=r"must be a text for value.*\(1, 2\)"):
+                served.generate(Prompt("1", value=[1, 2]), case.params)
+    assert_same(outputs, [case.solve(models) for case in cases], cases)
 
 
 def with_chat(of: Family, form: str | None) -> Any:

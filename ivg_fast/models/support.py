@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ivg_fast.errors import UnsupportedModelError
+from ivg_fast.errors import InvalidParameterError, UnsupportedModelError
 
 _SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -70,6 +70,13 @@ def eos_token_ids(model: Any) -> tuple[int, ...]:
         if ids is not None:
             return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
     return ()
+
+
+def check_on_cpu(model: torch.nn.Module, role: str) -> None:
+    """Raises InvalidParameterError for a model with weights elsewhere."""
+    for parameter in model.parameters():
+        if parameter.device.type != "cpu":
+            raise InvalidParameterError(role, str(parameter.device), "must be on the CPU")
 
 
 def is_quantized(model: torch.nn.Module) -> bool:
