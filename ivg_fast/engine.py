@@ -15,7 +15,8 @@ from torch import nn
 from tqdm import tqdm
 
 from ivg_fast import _C
-from ivg_fast.burst import BurstResult, BurstRunner
+from ivg_fast.burst import BurstRunner
+from ivg_fast.draws import BurstResult
 from ivg_fast.errors import (
     InvalidParameterError,
     IVGError,
