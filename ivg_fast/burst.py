@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ivg_fast.batches import DecodeRows, Int32s, Int64s, first_batch
+from ivg_fast.draws import BurstResult, padded, sampling_arguments
 from ivg_fast.errors import NonFiniteLogitsError
 from ivg_fast.models.batch import ForwardBatch
 from ivg_fast.models.runner import ModelRunner
@@ -31,34 +31,6 @@ from ivg_fast.request import (
 
 # Tokens that a candidate has committed, by request id and candidate id.
 History = Callable[[int, int], Int32s]
-
-
-@dataclass(slots=True)
-class BurstResult:
-    """What was drawn, [num_steps, B] each; a candidate's columns count up to num_tokens."""
-
-    tokens: Int32s
-    logprobs: NDArray[np.float32]
-    base_logprobs: NDArray[np.float32]
-    rewards: NDArray[np.float32]
-    values: NDArray[np.float32]
-    num_tokens: Int32s
-    finish: NDArray[np.uint8]
-    stop_index: Int32s
-
-    @classmethod
-    def empty(cls, num_steps: int, num_samples: int) -> BurstResult:
-        shape = (num_steps, num_samples)
-        return cls(
-            tokens=np.zeros(shape, np.int32),
-            logprobs=np.zeros(shape, np.float32),
-            base_logprobs=np.zeros(shape, np.float32),
-            rewards=np.zeros(shape, np.float32),
-            values=np.zeros(shape, np.float32),
-            num_tokens=np.zeros(num_samples, np.int32),
-            finish=np.zeros(num_samples, np.uint8),
-            stop_index=np.full(num_samples, -1, np.int32),
-        )
 
 
 class BurstRunner:
@@ -154,7 +126,7 @@ class _Burst:
         self.result = BurstResult.empty(plan.num_steps, self.num_samples)
         self.is_alive = np.ones(self.num_samples, bool)
         self.num_forwards = np.zeros(self.num_samples, np.int64)
-        self.stop_ids = _padded([r.stop_ids for r in requests])[self.request_of]
+        self.stop_ids = padded([r.stop_ids for r in requests])[self.request_of]
         # By role, which rows of the plan its first forward held, and the outputs for them.
         self.rows: dict[str, tuple[Int64s, torch.Tensor]] = {}
         # Whose explicit value is measured from the tuned model's hidden states, its trunk's.
@@ -335,24 +307,11 @@ class _Burst:
 
     def _sampling(self, members: Int64s) -> dict[str, Any]:
         """guided_sample's arguments of these samples, but for logits and positions."""
-        of_request = self.request_of[members]
-        requests = [self.requests[i] for i in np.unique(of_request).tolist()]
-        arguments: dict[str, Any] = {
+        return {
             "seeds": self.seeds[members],
             "candidate_ids": self.candidates[members],
+            **sampling_arguments(self.requests, self.request_of[members], self.stop_ids[members]),
         }
-        for argument, name in _SAMPLING_FIELDS:
-            values = {getattr(request.params, name) for request in requests}
-            if len(values) == 1:
-                arguments[argument] = values.pop()
-            else:
-                each = np.array([getattr(r.params, name) for r in self.requests])
-                arguments[argument] = each[of_request]
-        if any(request.params.min_tokens for request in requests):
-            arguments["banned_ids"] = self.stop_ids[members]
-            until = np.array([r.params.min_tokens for r in self.requests], np.int64)
-            arguments["banned_until"] = until[of_request]
-        return arguments
 
     def _draw(
         self,
@@ -446,25 +405,6 @@ class _Burst:
             counts = request.stats.decode_tokens
             for role in request.step_roles:
                 counts[role] = counts.get(role, 0) + number
-
-
-# guided_sample's argument, SearchParams' field
-_SAMPLING_FIELDS = (
-    ("weight", "guidance_weight"),
-    ("temperature", "temperature"),
-    ("top_k", "top_k"),
-    ("top_p", "top_p"),
-    ("min_p", "min_p"),
-)
-
-
-def _padded(rows: Sequence[Int64s]) -> Int64s:
-    """Ragged rows as one matrix, -1 for none."""
-    width = max((len(row) for row in rows), default=0)
-    matrix = np.full((len(rows), width), -1, np.int64)
-    for i, row in enumerate(rows):
-        matrix[i, : len(row)] = row
-    return matrix
 
 
 def _span(members: Int64s, some: Int64s) -> slice:

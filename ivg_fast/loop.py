@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ivg_fast.burst import BurstResult, BurstRunner
+from ivg_fast.burst import BurstRunner
+from ivg_fast.draws import BurstResult
 from ivg_fast.outputs import RequestOutput
 from ivg_fast.params import EngineConfig
 from ivg_fast.request import LiveRequest

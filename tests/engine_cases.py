@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from naive_search import NaiveModels, NaiveOutput, NaiveResult, NaiveSearch, NaiveTextValue
+from naive_search import NaiveModels, NaiveOutput, NaiveResult, NaiveSearch
 from tiny_models import attention_of, redraw_weights, tiny_config, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import (
@@ -108,6 +108,24 @@ def tokenizer_with_eos(vocab_size: int, eos_token_id: int) -> Any:
         tokenizer.add_special_tokens({"eos_token": piece})
     assert (len(tokenizer), tokenizer.eos_token_id) == (vocab_size, eos_token_id)
     return tokenizer
+
+
+@dataclass(slots=True)
+class NaiveTextValue:
+    """A value model with a tokenizer of its own: each text from its first token, by itself."""
+
+    model: Any
+    tokenizer: Any
+
+    def __call__(self, inputs: list[ScoreInput]) -> list[float]:
+        models = NaiveModels(base=None, tokenizer=None, value=self.model)
+        scores = []
+        for item in inputs:
+            ids = self.tokenizer(item.prompt + item.response).input_ids
+            if item.ends_text:
+                ids.append(self.tokenizer.eos_token_id)
+            scores.append(models.value_of(tuple(ids)))
+        return scores
 
 
 @dataclass(slots=True)

@@ -26,7 +26,7 @@ class NaiveModels:
     """Stock models by role.
 
     `value` has a `backbone` and a `score_head`, a Linear to the vocabulary or to one number; or it
-    is a classification model of transformers; or a NaiveTextValue.
+    is a classification model of transformers; or it is a callable that scores texts.
     """
 
     base: Any
@@ -58,24 +58,6 @@ class NaiveModels:
         if len(before) > 1:
             return float(before[ids[-1]])
         return float(self.logits("value", ids)[0])
-
-
-@dataclass(slots=True)
-class NaiveTextValue:
-    """A value model with a tokenizer of its own: each text from its first token, by itself."""
-
-    model: Any
-    tokenizer: Any
-
-    def __call__(self, inputs: list[ScoreInput]) -> list[float]:
-        models = NaiveModels(base=None, tokenizer=None, value=self.model)
-        scores = []
-        for item in inputs:
-            ids = self.tokenizer(item.prompt + item.response).input_ids
-            if item.ends_text:
-                ids.append(self.tokenizer.eos_token_id)
-            scores.append(models.value_of(tuple(ids)))
-        return scores
 
 
 @dataclass(slots=True)
@@ -367,10 +349,10 @@ class NaiveSearch:
                 candidate.score = math.fsum(candidate.token_rewards)
                 if add_eos:
                     candidate.score += self.log_ratio(said, self.eos)
-            elif scorer == "explicit" and not isinstance(models.value, NaiveTextValue):
+            elif scorer == "explicit" and isinstance(models.value, torch.nn.Module):
                 scored = (*said, self.eos) if add_eos else said
                 candidate.score = self.value_of(self.context("value", scored))
-        if scorer == "explicit" and isinstance(models.value, NaiveTextValue):
+        if scorer == "explicit" and not isinstance(models.value, torch.nn.Module):
             scorer = models.value
         if callable(scorer):
             for candidate, value in zip(pool, scorer([self.seen(c) for c in pool]), strict=True):

@@ -10,8 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_cases import TEXT_VOCAB_SIZE, fresh_seed, pair_tokenizer, value_model
-from naive_search import NaiveTextValue
+from engine_cases import (
+    TEXT_VOCAB_SIZE,
+    NaiveTextValue,
+    fresh_seed,
+    pair_tokenizer,
+    value_model,
+)
 from tokenizers import processors
 
 from ivg_fast.errors import CapacityError, InvalidParameterError, IVGError, UnsupportedModelError
