@@ -5,79 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny_model
-from torch import Tensor
+from baseline_cases import PROMPTS, PROVIDERS, Family, chi_square_p, winner_law
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from bench.baselines import (
-    ReferenceStyleIVG,
-    TunedPyTorchIVG,
-    ValueModel,
-    common,
-    inverse_cdf,
-    tree_search,
-)
+from bench.baselines import TunedPyTorchIVG, ValueModel, common, inverse_cdf, tree_search
 from ivg_fast.params import SearchParams
 
-PROVIDERS = {"reference_style": ReferenceStyleIVG, "tuned_pytorch": TunedPyTorchIVG}
-PROMPTS = [[1, 2, 3, 4, 5], [4], [5, 2, 3]]
 GRID = list(itertools.product(("none", "implicit", "explicit"), ("implicit", "explicit")))
-
-
-class Family:
-    """Random tiny models and naive float64 measures of whole responses."""
-
-    def __init__(self, vocab_size: int, name: str = "gpt2") -> None:
-        roles = ("base", "tuned", "untuned", "value")
-        self.models = {
-            role: tiny_model(name, vocab_size=vocab_size, seed=seed)
-            for seed, role in enumerate(roles, 1)
-        }
-        generator = torch.Generator().manual_seed(9)
-        self.head = torch.randn(vocab_size, 32, generator=generator) / 5
-        self.eos = vocab_size - 1
-        self.exact = {
-            role: tiny_model(name, vocab_size=vocab_size, seed=seed, dtype=torch.float64)
-            for seed, role in enumerate(roles, 1)
-        }
-
-    def provider(self, name: str, eos: bool = True) -> ReferenceStyleIVG | TunedPyTorchIVG:
-        value = ValueModel(self.models["value"].base_model, self.head)
-        pair = self.models["tuned"], self.models["untuned"]
-        eos_ids = [self.eos] if eos else []
-        return PROVIDERS[name](self.models["base"], *pair, value, eos_token_ids=eos_ids)
-
-    def logits(self, role: str, ids: Tensor) -> Tensor:
-        """[B, S, V] of whole texts [B, S], from scratch."""
-        if role == "value":
-            hidden = self.exact[role].base_model(ids).last_hidden_state
-            return hidden @ self.head.double().T
-        return self.exact[role](ids).logits
-
-    def combined(self, guidance: str, weight: float, ids: Tensor) -> Tensor:
-        """[B, V] guided logits behind the texts."""
-        z = self.logits("base", ids)[:, -1]
-        if guidance == "implicit":
-            pair = self.logits("tuned", ids)[:, -1] - self.logits("untuned", ids)[:, -1]
-            return z + weight * pair
-        return z + weight * self.logits("value", ids)[:, -1] if guidance == "explicit" else z
-
-    def score(self, scorer: str, prompt_length: int, ids: Tensor) -> Tensor:
-        """[B] scores of whole texts."""
-        if scorer == "explicit":
-            return self.logits("value", ids)[:, -2].gather(1, ids[:, -1:])[:, 0]
-        targets = ids[:, 1:, None]
-        tuned, untuned = (
-            torch.log_softmax(self.logits(role, ids)[:, :-1], -1).gather(2, targets)[..., 0]
-            for role in ("tuned", "untuned")
-        )
-        return (tuned - untuned)[:, prompt_length - 1 :].sum(1)
 
 
 @pytest.fixture(scope="module")
@@ -182,62 +118,6 @@ def test_constant_shapes_change_nothing(family: Family) -> None:
         expected = family.provider("tuned_pytorch").generate(PROMPTS, params, seed=5)
         results = fixed.generate(PROMPTS, params, seed=5)
         assert [r.token_ids for r in results] == [r.token_ids for r in expected]
-
-
-def winner_law(family: Family, params: SearchParams) -> dict[tuple[int, ...], float]:
-    """The exact law of the response to PROMPTS[0] for L = 1, T = 2, without EOS."""
-    prompt, size = PROMPTS[0], family.eos + 1
-    width, fanout = params.beam_width, params.num_candidates
-
-    def law(ids: Tensor) -> Tensor:
-        z = family.combined(params.guidance, params.guidance_weight, ids)
-        return torch.softmax(z / params.temperature, -1)
-
-    def score(rows: Tensor) -> Tensor:
-        return family.score(params.scorer, len(prompt), rows)
-
-    start = torch.tensor([prompt])
-    firsts = torch.cat([start.repeat(size, 1), torch.arange(size)[:, None]], dim=1)
-    first_law, first_score = law(start)[0].tolist(), score(firsts).tolist()
-    seconds = torch.cat(
-        [firsts.repeat_interleave(size, 0), torch.arange(size).repeat(size)[:, None]], dim=1
-    )
-    second_law, second_score = law(firsts), score(seconds).view(size, size)
-    survivors: dict[tuple[int, ...], float] = {}
-    for pool in itertools.product(range(size), repeat=width * fanout):
-        kept = tuple(sorted(pool, key=lambda y: -first_score[y])[:width])
-        mass = 1.0
-        for y in pool:
-            mass *= first_law[y]
-        survivors[kept] = survivors.get(kept, 0.0) + mass
-    winners: dict[tuple[int, ...], float] = {}
-    for kept, mass in survivors.items():
-        ends = [(float(second_score[y, e]), y, e) for y in set(kept) for e in range(size)]
-        below = 0.0
-        for value, y, e in sorted(ends):
-            cumulative = 1.0
-            for parent in kept:
-                at_most = second_law[parent][second_score[parent] <= value].sum()
-                cumulative *= float(at_most) ** fanout
-            winners[(y, e)] = winners.get((y, e), 0.0) + mass * (cumulative - below)
-            below = cumulative
-    return winners
-
-
-def chi_square_p(results: list[tuple[int, ...]], law: dict[tuple[int, ...], float]) -> float:
-    """p-value of the observed responses; cells that expect fewer than 5 are pooled."""
-    counts = {cell: results.count(cell) for cell in law}
-    assert sum(counts.values()) == len(results)
-    expected = {cell: mass * len(results) for cell, mass in law.items()}
-    common_cells = [cell for cell, mean in expected.items() if mean >= 5]
-    pairs = [(counts[cell], expected[cell]) for cell in common_cells]
-    rare = [cell for cell in law if cell not in common_cells]
-    rest = sum(expected[cell] for cell in rare)
-    if rest > 1:
-        pairs.append((sum(counts[cell] for cell in rare), rest))
-    statistic = sum((seen - mean) ** 2 / mean for seen, mean in pairs)
-    half = torch.tensor([(len(pairs) - 1) / 2, statistic / 2], dtype=torch.float64)
-    return float(torch.special.gammaincc(half[0], half[1]))
 
 
 @pytest.mark.parametrize(
