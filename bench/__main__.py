@@ -1,22 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m bench NAME ...` runs bench/NAME.py."""
+"""`python -m bench NAME ...`; `python -m bench NAME --help` says more."""
 
 import importlib
-import pkgutil
 import sys
 
-import bench
+NAMES = {
+    "ops": "the sampling ops against plain PyTorch",
+    "scheduler": "what the C++ scheduler takes between two chunks",
+    "kv": "writing and copying KV against plain PyTorch and a copy",
+    "attention": "paged attention against torch's SDPA",
+    "e2e": "guided search end to end against plain PyTorch and the engine's own bound",
+    "all": "all of these, one after another",
+    "report": "README's table, and plots, from bench/results",
+    "demo": "base, EFT, CBS and IVG on held-out prompts",
+}
+MODULES = {"all": "suite"}
 
 
 def main() -> None:
-    names = sorted(
-        module.name for module in pkgutil.iter_modules(bench.__path__) if module.name != "__main__"
-    )
-    if len(sys.argv) < 2 or sys.argv[1] not in names:
-        raise SystemExit(f"usage: python -m bench {{{','.join(names)}}} [options]")
+    if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
+        lines = [f"  {name:<10} {what}" for name, what in NAMES.items()]
+        raise SystemExit("\n".join(["usage: python -m bench NAME [options]", *lines]))
     name = sys.argv.pop(1)
     sys.argv[0] = f"bench {name}"
-    importlib.import_module(f"bench.{name}").main()
+    importlib.import_module(f"bench.{MODULES.get(name, name)}").main()
 
 
 main()

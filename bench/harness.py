@@ -2,16 +2,14 @@
 """Side-by-side timing: providers take turns within one run, so that what disturbs one disturbs all.
 
 A measurement is the 20th, 50th and 80th percentile of many single calls, each from a cold cache
-unless told otherwise. Every record says its configuration, device and versions.
+unless told otherwise. Every record says its configuration, device, versions and command.
 """
 
 from __future__ import annotations
 
 import csv
-import json
-import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,26 @@ import numpy as np
 import torch
 
 FLUSH_BYTES = 256 << 20
+SCALE = {"s": 1.0, "ms": 1e3, "us": 1e6}
 
 Call = Callable[[], Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
+    """One line of a CSV.
+
+    Attributes:
+        kernel: what was measured.
+        provider: whose implementation.
+        metric, unit: "time" in s, ms or us, "share of read bandwidth" in %, a counter in tokens...
+        x: where on the sweeps, "B=16 V=32000".
+        y_20, y_50, y_80: percentiles; all the same for what is exact.
+        config: everything else that the figure depends on.
+        device, versions: of the machine that ran it.
+        command: what ran it, from the repository's root.
+    """
+
     kernel: str
     provider: str
     metric: str
@@ -37,21 +49,26 @@ class Record:
     config: str
     device: str
     versions: str
+    command: str
+
+    @property
+    def place(self) -> dict[str, int]:
+        """`x` by name."""
+        pairs = (part.split("=") for part in self.x.split())
+        return {name: int(value) for name, value in pairs}
 
 
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    names = [
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+def as_x(place: Mapping[str, int]) -> str:
+    """The field `x` of a place."""
+    return " ".join(f"{name}={value}" for name, value in place.items())
 
 
-def versions() -> str:
-    return f"python {platform.python_version()}, torch {torch.__version__}"
+def percentiles(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
+    """20th, 50th and 80th, to four significant digits; a single value is exact and stays so."""
+    if len(values) == 1:
+        return (float(values[0]),) * 3
+    low, middle, high = (float(f"{q:.4g}") for q in np.percentile(values, [20, 50, 80]))
+    return low, middle, high
 
 
 def captured(call: Call) -> Call:
@@ -73,11 +90,10 @@ class Stopwatch:
 
     def __init__(self, device: str, *, is_cold: bool) -> None:
         self.device = device
-        self.is_cold = is_cold
-        self._flush = torch.zeros(FLUSH_BYTES // 4, device=device)
+        self._flush = torch.zeros(FLUSH_BYTES // 4, device=device) if is_cold else None
 
     def time(self, call: Call) -> float:
-        if self.is_cold:
+        if self._flush is not None:
             self._flush += 1
         if self.device == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -91,63 +107,32 @@ class Stopwatch:
         return time.perf_counter() - begin
 
 
-def compare(
-    kernel: str,
-    x: str,
-    providers: dict[str, Call],
-    *,
-    config: str,
-    device: str = "cpu",
-    num_rounds: int = 30,
-    is_cold: bool = True,
-) -> list[Record]:
-    """Time each provider `num_rounds` times in turn, the order rotating from round to round."""
-    watch = Stopwatch(device, is_cold=is_cold)
+def take_turns(
+    watch: Stopwatch, providers: Mapping[str, Call], num_rounds: int, num_warm_ups: int
+) -> dict[str, np.ndarray]:
+    """Seconds [num_rounds] of each provider, the order rotating from round to round."""
     for call in providers.values():
-        call()
-        call()
+        for _ in range(num_warm_ups):
+            call()
     names = list(providers)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times = {name: np.zeros(num_rounds) for name in names}
     for turn in range(num_rounds):
         for i in range(len(names)):
             name = names[(turn + i) % len(names)]
-            times[name].append(watch.time(providers[name]))
-    return [
-        Record(
-            kernel,
-            name,
-            "time",
-            "us",
-            x,
-            *(round(float(q), 2) for q in np.percentile(np.array(each) * 1e6, [20, 50, 80])),
-            config + ("" if is_cold else ", warm cache"),
-            device_name(device),
-            versions(),
-        )
-        for name, each in times.items()
-    ]
+            times[name][turn] = watch.time(providers[name])
+    return times
 
 
 def write_csv(path: Path, records: Iterable[Record]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Record)])
         writer.writeheader()
         writer.writerows(asdict(record) for record in records)
 
 
-def print_records(records: list[Record], ours: str) -> None:
-    """A line a provider: median, spread, and how many times as long as `ours` it takes."""
-    own = {(r.kernel, r.x): r.y_50 for r in records if r.provider == ours}
-    for r in records:
-        ratio = r.y_50 / own[r.kernel, r.x]
-        print(
-            f"{r.kernel:<24} {r.x:<18} {r.provider:<28} {r.y_50:>10.1f} {r.unit} "
-            f"[{r.y_20:.1f}, {r.y_80:.1f}]  x {ratio:.2f}",
-            flush=True,
-        )
-
-
-def print_summary(summary: dict[str, Any]) -> None:
-    """The last line of a bench: one JSON object."""
-    print(json.dumps(summary))
+def read_csv(path: Path) -> list[Record]:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    numbers = ("y_20", "y_50", "y_80")
+    return [Record(**row | {name: float(row[name]) for name in numbers}) for row in rows]

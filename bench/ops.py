@@ -2,32 +2,34 @@
 """`python -m bench ops`: guided_sample and token_logprobs against plain PyTorch, side by side.
 
 "read" is a plain read of the logits (torch.sum of each tensor): the least that any sampler pays.
+Shares are of the bandwidth at which the same run reads one large tensor.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import torch_samplers as plain
-from bench.harness import Call, Record, captured, compare, print_records, print_summary, write_csv
-from ivg_fast import _C
+from bench.harness import Call, Stopwatch, captured, take_turns
+from bench.run import OURS, Run, parser_of
 from ivg_fast.ops.guided_sample import guided_sample
 from ivg_fast.ops.philox import uniform
 from ivg_fast.ops.token_logprobs import pair_token_logprobs
 
-OURS = "ivg_fast"
 WEIGHT, TEMPERATURE = 1.0, 0.7
 ISAS = ("avx512", "avx2", "baseline")
+# (rows, vocabulary): along rows, along the vocabulary
+QUICK = ((1, 32_000), (16, 32_000))
+SHAPES = (*QUICK, (4, 32_000), (64, 32_000), (16, 8_192), (1, 128_256), (16, 128_256))
+GPU_SHAPES = tuple((rows, vocab) for vocab in (32_000, 128_256) for rows in (1, 16, 64, 256))
 
 
 class Batch:
@@ -44,7 +46,8 @@ class Batch:
             "positions": torch.full((num_rows,), 7, device=device, dtype=torch.int32),
         }
         self.u = uniform(**self.index).float()
-        self.x = f"B={num_rows} V={vocab_size}"
+        self.x = {"B": num_rows, "V": vocab_size}
+        self.num_bytes = num_rows * vocab_size * dtype.itemsize  # of one tensor
         self.config = f"{str(dtype)[6:]}, three tensors, T {TEMPERATURE}, weight {WEIGHT}"
 
     def ours(self, **setting: Any) -> Call:
@@ -64,7 +67,7 @@ def with_graph(providers: dict[str, Call], device: str) -> dict[str, Call]:
     return providers
 
 
-def unfiltered(batch: Batch, device: str, num_rounds: int, is_cold: bool) -> list[Record]:
+def unfiltered(run: Run, batch: Batch) -> None:
     compiled = torch.compile(plain.hierarchical, dynamic=False)
     providers = {
         OURS: batch.ours(),
@@ -73,19 +76,16 @@ def unfiltered(batch: Batch, device: str, num_rounds: int, is_cold: bool) -> lis
         "torch.compile, hierarchical": batch.theirs(compiled, batch.u),
         "read": batch.read,
     }
-    return compare(
+    run.compare(
         "guided_sample",
         batch.x,
-        with_graph(providers, device),
-        config=batch.config,
-        device=device,
-        num_rounds=num_rounds,
-        is_cold=is_cold,
+        with_graph(providers, run.device),
+        batch.config,
+        num_bytes=3 * batch.num_bytes,
     )
 
 
-def filtered(batch: Batch, device: str, num_rounds: int, is_cold: bool) -> list[Record]:
-    records = []
+def filtered(run: Run, batch: Batch) -> None:
     for name, top_k, top_p in (("top-k 50", 50, 1.0), ("top-p 0.9", 0, 0.9), ("both", 50, 0.9)):
         providers = {
             OURS: batch.ours(top_k=top_k, top_p=top_p),
@@ -93,21 +93,18 @@ def filtered(batch: Batch, device: str, num_rounds: int, is_cold: bool) -> list[
         }
         if name == "top-k 50":
             providers["torch.topk chain"] = batch.theirs(plain.topk_filter, top_k)
-        records += compare(
+        run.compare(
             f"guided_sample, {name}",
             batch.x,
-            with_graph(providers, device),
-            config=batch.config,
-            device=device,
-            num_rounds=num_rounds,
-            is_cold=is_cold,
+            with_graph(providers, run.device),
+            batch.config,
+            num_bytes=3 * batch.num_bytes,
         )
-    return records
 
 
-def scoring(batch: Batch, device: str, num_rounds: int, is_cold: bool) -> list[Record]:
+def scoring(run: Run, batch: Batch) -> None:
     _, tuned, untuned = batch.logits
-    ids = torch.arange(len(tuned), device=device)
+    ids = torch.arange(len(tuned), device=run.device)
 
     def log_softmax() -> Tensor:
         difference = tuned.float().log_softmax(1) - untuned.float().log_softmax(1)
@@ -118,23 +115,21 @@ def scoring(batch: Batch, device: str, num_rounds: int, is_cold: bool) -> list[R
         "log_softmax and gather": log_softmax,
         "read": lambda: [tuned.sum(), untuned.sum()],
     }
-    return compare(
+    run.compare(
         "pair_token_logprobs",
         batch.x,
-        with_graph(providers, device),
-        config=batch.config,
-        device=device,
-        num_rounds=num_rounds,
-        is_cold=is_cold,
+        with_graph(providers, run.device),
+        batch.config.replace("three", "two"),
+        num_bytes=2 * batch.num_bytes,
     )
 
 
-def instruction_sets(num_rounds: int) -> dict[str, float]:
+def instruction_sets() -> dict[str, float]:
     """Median microseconds of each instruction set at B=16, V=32,000, processes taking turns."""
     times: dict[str, list[float]] = {}
     for _ in range(3):
         for isa in ISAS:
-            command = [sys.executable, "-m", "bench", "ops", "--isa-child", str(num_rounds)]
+            command = [sys.executable, "-m", "bench", "ops", "--isa-child"]
             environment = {**os.environ, "IVG_FAST_CPU_ISA": isa}
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             if "lacks that instruction set" in done.stderr:
@@ -145,49 +140,36 @@ def instruction_sets(num_rounds: int) -> dict[str, float]:
     return {isa: statistics.median(each) for isa, each in times.items()}
 
 
-def ratios(records: list[Record]) -> dict[str, float]:
-    own = {(r.kernel, r.x): r.y_50 for r in records if r.provider == OURS}
-    return {
-        f"{r.kernel} {r.x}: {r.provider} / {OURS}": round(r.y_50 / own[r.kernel, r.x], 3)
-        for r in records
-        if r.provider != OURS
-    }
+def _isa_child() -> None:
+    """Prints the median microseconds of this process's instruction set."""
+    call = Batch(16, 32_000, torch.float32, "cpu").ours()
+    times = take_turns(Stopwatch("cpu", is_cold=True), {OURS: call}, 50, 2)
+    print(statistics.median(times[OURS]) * 1e6)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    argv = sys.argv[1:]
+    parser = parser_of(__doc__, is_cuda_ready=True)
     parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--rows", type=int, nargs="+", default=None)
     parser.add_argument("--vocab", type=int, nargs="+", default=[32_000, 128_256])
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--warm", action="store_true", help="leave the caches as they are")
     parser.add_argument("--no-isas", action="store_true", help="skip the instruction sets")
-    parser.add_argument("--out", type=Path, default=None, help="a CSV file")
-    parser.add_argument("--isa-child", type=int, default=None, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    device = arguments.device
-    dtype = getattr(torch, arguments.dtype or ("float32" if device == "cpu" else "bfloat16"))
-    common = (device, arguments.rounds, not arguments.warm)
-    if arguments.isa_child:
-        batch = Batch(16, 32_000, torch.float32, "cpu")
-        record = compare("isa", batch.x, {OURS: batch.ours()}, config="", num_rounds=100)
-        print(record[0].y_50)
+    parser.add_argument("--isa-child", action="store_true", help="used by the bench itself")
+    options = parser.parse_args()
+    if options.isa_child:
+        _isa_child()
         return
-    records: list[Record] = []
-    for vocab_size in arguments.vocab:
-        for num_rows in arguments.rows or ([1, 16] if device == "cpu" else [1, 16, 64, 256]):
-            batch = Batch(num_rows, vocab_size, dtype, device)
-            for part in (unfiltered, filtered, scoring):
-                found = part(batch, *common)
-                print_records(found, OURS)
-                records += found
-    summary: dict[str, Any] = {"isa": _C.cpu_isa(), "device": records[0].device}
-    summary["ratios"] = ratios(records)
-    if device == "cpu" and not arguments.no_isas:
-        summary["isa_us"] = instruction_sets(arguments.rounds)
-    if arguments.out:
-        write_csv(arguments.out, records)
-    print_summary(summary)
+    run = Run("ops", options, argv)
+    run.measure_limits()
+    dtype = options.dtype or ("float32" if run.device == "cpu" else "bfloat16")
+    shapes = QUICK if options.quick else SHAPES if run.device == "cpu" else GPU_SHAPES
+    if options.rows:
+        shapes = tuple((rows, vocab) for vocab in options.vocab for rows in options.rows)
+    for num_rows, vocab_size in shapes:
+        batch = Batch(num_rows, vocab_size, getattr(torch, dtype), run.device)
+        for part in (unfiltered, filtered, scoring):
+            part(run, batch)
+    summary: dict[str, Any] = {}
+    if run.device == "cpu" and not options.no_isas and not options.quick:
+        summary["isa_us"] = instruction_sets()
+    run.finish(**summary)

@@ -8,18 +8,19 @@ through the Python binding, which the figures include.
 
 from __future__ import annotations
 
-import argparse
+import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
-from bench.harness import Record, device_name, print_summary, versions, write_csv
+from bench.run import Run, parser_of
 from ivg_fast import _C
 
 # requests, W, K, L
 SHAPES = ((1, 16, 16, 16), (4, 8, 8, 16), (16, 4, 4, 5), (64, 2, 2, 30))
 PHASES = ("plan", "commit_tokens", "plan_scores", "commit_scores")
+WHOLE = "plan + select + fork"
+CONFIG = "256 rows, prompt 1024, response 256"
 
 
 def _one_search(shape: tuple[int, int, int, int], rng: np.random.Generator) -> np.ndarray:
@@ -62,38 +63,16 @@ def _one_search(shape: tuple[int, int, int, int], rng: np.random.Generator) -> n
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20, help="searches a shape")
-    parser.add_argument("--out", type=Path, help="CSV of all records")
-    arguments = parser.parse_args()
+    argv = sys.argv[1:]
+    run = Run("scheduler", parser_of(__doc__).parse_args(), argv, num_rounds=(20, 2))
     rng = np.random.default_rng(0)
-    records: list[Record] = []
     summary = {}
     for shape in SHAPES:
-        times = np.concatenate([_one_search(shape, rng) for _ in range(arguments.rounds)])
+        x = dict(zip(("requests", "W", "K", "L"), shape, strict=True))
+        times = np.concatenate([_one_search(shape, rng) for _ in range(run.num_rounds)])
         plan, _, _, select = times.T
-        columns = dict(zip(PHASES, times.T, strict=True)) | {"plan + select + fork": plan + select}
-        name = "requests {}, W {}, K {}, L {}".format(*shape)
+        columns = dict(zip(PHASES, times.T, strict=True)) | {WHOLE: plan + select}
         for phase, values in columns.items():
-            quantiles = (round(float(q), 1) for q in np.percentile(values, [20, 50, 80]))
-            record = Record(
-                "scheduler",
-                phase,
-                "time",
-                "us",
-                name,
-                *quantiles,
-                "256 rows, prompt 1024, response 256",
-                device_name("cpu"),
-                versions(),
-            )
-            records.append(record)
-            print(f"{name:<34} {phase:<22} {record.y_50:>7.1f} us [{record.y_20}, {record.y_80}]")
-        summary[name] = records[-1].y_50
-    if arguments.out:
-        write_csv(arguments.out, records)
-    print_summary({"plan + select + fork, us": summary})
-
-
-if __name__ == "__main__":
-    main()
+            run.add("scheduler", phase, "time", "us", x, values, CONFIG)
+        summary[run.records[-1].x] = run.records[-1].y_50
+    run.finish(**{f"{WHOLE}, us": summary})

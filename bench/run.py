@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every microbenchmark shares: its options, its records, what it leaves behind."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import ivg_fast
+from bench.harness import (
+    SCALE,
+    Call,
+    Record,
+    Stopwatch,
+    as_x,
+    percentiles,
+    take_turns,
+    write_csv,
+)
+from ivg_fast import _C
+
+OURS = "ivg_fast"
+LIMIT_BYTES = 256 << 20
+
+
+def device_name(device: str) -> str:
+    """The processor; for a CPU with the instruction set and threads in use."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    names = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    name = names[0] if names else platform.machine()
+    return f"{name}, {_C.cpu_isa()}, threads {torch.get_num_threads()}"
+
+
+def versions() -> str:
+    return (
+        f"python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {version('transformers')}, ivg_fast {ivg_fast.__version__}"
+    )
+
+
+def bandwidths(device: str, num_rounds: int) -> dict[str, np.ndarray]:
+    """GB/s [num_rounds] that this machine copies at (read and written) and reads at."""
+    source = torch.zeros(LIMIT_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    providers: dict[str, Call] = {"copy": lambda: target.copy_(source), "read": source.sum}
+    times = take_turns(Stopwatch(device, is_cold=False), providers, num_rounds, 2)
+    moved = {"copy": 2 * LIMIT_BYTES, "read": LIMIT_BYTES}
+    return {name: moved[name] / seconds * 1e-9 for name, seconds in times.items()}
+
+
+def parser_of(doc: str | None, *, is_cuda_ready: bool = False) -> argparse.ArgumentParser:
+    """The options that every microbenchmark has."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", choices=["cpu", *["cuda"] * is_cuda_ready])
+    parser.add_argument("--quick", action="store_true", help="few shapes and rounds")
+    parser.add_argument("--rounds", type=int, help="timed calls of each provider")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--warm", action="store_true", help="leave the caches as they are")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="CSV of all records")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw PNGs into this folder")
+    return parser
+
+
+class Run:
+    """One run of a microbenchmark and its records.
+
+    Args:
+        name: as in `python -m bench NAME`.
+        options: of `parser_of`.
+        argv: the command line behind the name.
+        num_rounds: without --rounds, and with --quick.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        options: argparse.Namespace,
+        argv: Sequence[str],
+        num_rounds: tuple[int, int] = (30, 8),
+    ) -> None:
+        self.name = name
+        self.options = options
+        self.device: str = options.device
+        self.num_rounds: int = options.rounds or num_rounds[options.quick]
+        torch.set_num_threads(options.threads)
+        self.command = f"python -m bench {name}{_without_paths(argv)}"
+        self.records: list[Record] = []
+        self.limits: dict[str, float] = {}
+        self._device_name, self._versions = device_name(self.device), versions()
+
+    def measure_limits(self) -> None:
+        """What the shares of later records refer to: the median bandwidths of this run."""
+        for name, samples in bandwidths(self.device, max(self.num_rounds, 10)).items():
+            x = {"MiB": LIMIT_BYTES >> 20}
+            self.add("limit", name, "bandwidth", "GB/s", x, samples, "one large tensor")
+            self.limits[name] = self.records[-1].y_50
+
+    def add(
+        self,
+        kernel: str,
+        provider: str,
+        metric: str,
+        unit: str,
+        x: Mapping[str, int],
+        samples: Sequence[float] | np.ndarray,
+        config: str,
+    ) -> None:
+        """Keeps the percentiles of `samples`, which is one number where it is exact."""
+        record = Record(
+            kernel,
+            provider,
+            metric,
+            unit,
+            as_x(x),
+            *percentiles(samples),
+            config,
+            self._device_name,
+            self._versions,
+            self.command,
+        )
+        self.records.append(record)
+        if metric in ("time", "bandwidth"):
+            print(
+                f"{kernel:<26} {record.x:<24} {provider:<32} {record.y_50:>10.4g} {unit} "
+                f"[{record.y_20:.4g}, {record.y_80:.4g}]",
+                flush=True,
+            )
+
+    def compare(
+        self,
+        kernel: str,
+        x: Mapping[str, int],
+        providers: Mapping[str, Call],
+        config: str,
+        *,
+        unit: str = "us",
+        num_warm_ups: int = 2,
+        num_bytes: int | None = None,
+        limit: str = "read",
+    ) -> dict[str, np.ndarray]:
+        """Times the providers in turn.
+
+        Args:
+            num_bytes: the least that any provider has to move; gives the share of `limit`, "read"
+                or "copy" bandwidth, that each reaches.
+
+        Returns:
+            Seconds [num_rounds] of each.
+        """
+        # What takes milliseconds is none the colder for a flush.
+        is_cold = unit == "us" and not self.options.warm
+        watch = Stopwatch(self.device, is_cold=is_cold)
+        times = take_turns(watch, providers, self.num_rounds, num_warm_ups)
+        if self.options.warm:
+            config += ", warm cache"
+        for name, seconds in times.items():
+            self.add(kernel, name, "time", unit, x, seconds * SCALE[unit], config)
+            if num_bytes is not None:
+                reached = num_bytes / seconds * 1e-9 / self.limits[limit] * 100
+                self.add(kernel, name, f"share of {limit} bandwidth", "%", x, reached, config)
+        if num_bytes is not None:
+            self.add(kernel, "least", "bytes", "B", x, [num_bytes], config)
+        return times
+
+    def ratios(self, ours: str = OURS) -> dict[str, float]:
+        """How many times as long as `ours` each other provider takes, by kernel, x and provider."""
+        times = [r for r in self.records if r.metric == "time"]
+        own = {(r.kernel, r.x): r.y_50 for r in times if r.provider == ours}
+        return {
+            f"{r.kernel} {r.x}: {r.provider} / {ours}": round(r.y_50 / own[r.kernel, r.x], 3)
+            for r in times
+            if r.provider != ours and (r.kernel, r.x) in own
+        }
+
+    def finish(self, **summary: Any) -> None:
+        """Writes what was asked for; the last line of stdout is one JSON object."""
+        if self.options.out:
+            write_csv(self.options.out, self.records)
+        if self.options.plot:
+            from bench.plots import draw  # matplotlib is for those who plot
+
+            draw(self.records, self.options.plot)
+        found = {
+            "bench": self.name,
+            "device": self._device_name,
+            "versions": self._versions,
+            "limits_GB_s": self.limits,
+            "ratios": self.ratios(),
+            **summary,
+        }
+        print(json.dumps(found), flush=True)
+
+
+def _without_paths(argv: Sequence[str]) -> str:
+    """Arguments but for --out and --plot, which change nothing that is measured."""
+    kept: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word in ("--out", "--plot"):
+            next(words, None)
+        elif not word.startswith(("--out=", "--plot=")):
+            kept.append(word)
+    return "".join(f" {shlex.quote(word)}" for word in kept)
