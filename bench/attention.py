@@ -28,7 +28,7 @@ from ivg_fast.ops.paged_attention import paged_attention_prepared
 RESPONSE = 32
 HEAD_SIZE = 64
 # (prompt tokens, rows, queries a row): along the prompt, along rows, along queries
-QUICK = ((64, 16, 1), (1024, 1, 1), (1024, 16, 1), (256, 16, 5))
+QUICK = ((256, 16, 1), (1024, 1, 1), (1024, 16, 1), (256, 16, 5))
 PROMPTS = tuple((prompt, 16, 1) for prompt in (64, 256, 1024, 4096))
 ROWS = tuple((1024, rows, 1) for rows in (1, 4, 16, 64))
 QUERIES = tuple((256, 16, queries) for queries in (1, 5, 16))

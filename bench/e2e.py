@@ -49,11 +49,11 @@ def describe(num_tokens: int, search: str = "W, K, L = 4, 4, 5") -> str:
     return f"IMDB family, float32, {search}, {num_tokens} tokens, T 0.7, weight {WEIGHT}"
 
 
-def search(run: Run, family: Imdb, num_tokens: int) -> None:
-    """One prompt, and eight at once."""
+def search(run: Run, family: Imdb, num_tokens: int, at_once: tuple[int, ...]) -> None:
+    """So many prompts at once."""
     params, config = ivg(num_tokens), describe(num_tokens)
     baselines = {"reference_style": family.reference, "tuned_pytorch": family.tuned}
-    for num_prompts in (1, 8):
+    for num_prompts in at_once:
         prompts, x = family.prompts(num_prompts), {"prompts": num_prompts}
         bound = Replay(family.engine)
         with bound.recording():
@@ -170,7 +170,7 @@ def main() -> None:
     num_tokens = options.tokens or (10 if is_quick else 50)
     family = Imdb(run.device)
     if "search" in options.parts:
-        search(run, family, num_tokens)
+        search(run, family, num_tokens, (1, 8))
     if "prompt" in options.parts:
         prompt(run, family, num_tokens, (20, 400) if is_quick else (20, 50, 100, 200, 400))
     if "candidates" in options.parts:

@@ -137,8 +137,8 @@ class Run:
         self.records.append(record)
         if metric in ("time", "bandwidth"):
             print(
-                f"{kernel:<26} {record.x:<24} {provider:<32} {record.y_50:>10.4g} {unit} "
-                f"[{record.y_20:.4g}, {record.y_80:.4g}]",
+                f"{kernel:<26} {record.x:<24} {provider:<32} {record.y_50:>10.6g} {unit} "
+                f"[{record.y_20:.6g}, {record.y_80:.6g}]",
                 flush=True,
             )
 
