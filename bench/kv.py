@@ -22,23 +22,25 @@ CONTEXT = 256  # tokens a row of the cache that is reordered
 CONFIG = f"float32, {HEADS} heads of {HEAD_SIZE}"
 
 
-def new_pool() -> Tensor:
-    return torch.randn(NUM_BLOCKS, HEADS, BLOCK_SIZE, HEAD_SIZE)
+def new_pool(device: str) -> Tensor:
+    return torch.randn(NUM_BLOCKS, HEADS, BLOCK_SIZE, HEAD_SIZE, device=device)
 
 
-def plain_copy(num_bytes: int) -> Call:
+def plain_copy(num_bytes: int, device: str) -> Call:
     """A copy of so many bytes."""
-    source = torch.randn(num_bytes // 4)
+    source = torch.randn(num_bytes // 4, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
 def writing(run: Run, num_tokens: int) -> None:
     generator = torch.Generator().manual_seed(num_tokens)
-    states = torch.randn(num_tokens, HEADS, HEAD_SIZE)
+    states = torch.randn(num_tokens, HEADS, HEAD_SIZE, device=run.device)
     slots = torch.randperm(NUM_BLOCKS * BLOCK_SIZE, generator=generator)[:num_tokens]
+    slots = slots.to(run.device)
     narrow, blocks, offsets = slots.int(), slots // BLOCK_SIZE, slots % BLOCK_SIZE
-    pool, by_slot = new_pool(), new_pool().view(-1, HEADS, HEAD_SIZE)
+    pool = new_pool(run.device)
+    by_slot = new_pool(run.device).view(-1, HEADS, HEAD_SIZE)
 
     def index_put() -> None:
         pool[blocks, :, offsets] = states
@@ -47,7 +49,7 @@ def writing(run: Run, num_tokens: int) -> None:
         OURS: lambda: write_kv(states, pool, narrow),
         "index_put, same pool": index_put,
         "index_copy, pool by slot": lambda: by_slot.index_copy_(0, slots, states),
-        "copy": plain_copy(states.nbytes),
+        "copy": plain_copy(states.nbytes, run.device),
     }
     run.compare(
         "write_kv",
@@ -61,13 +63,14 @@ def writing(run: Run, num_tokens: int) -> None:
 
 def copying(run: Run, num_pairs: int) -> None:
     generator = torch.Generator().manual_seed(num_pairs)
-    pools = [new_pool() for _ in range(2 * LAYERS)]
+    pools = [new_pool(run.device) for _ in range(2 * LAYERS)]
     blocks = torch.randperm(NUM_BLOCKS, generator=generator)[: 2 * num_pairs].view(-1, 2)
-    sources, targets = blocks.T.contiguous()
+    sources, targets = blocks.T.contiguous().to(run.device)
     pairs = blocks.int()
     copier = BlockCopier(pools)
-    caches = [torch.randn(num_pairs, HEADS, CONTEXT, HEAD_SIZE) for _ in range(2 * LAYERS)]
-    order = torch.randint(num_pairs, (num_pairs,), generator=generator)
+    cache_shape = (num_pairs, HEADS, CONTEXT, HEAD_SIZE)
+    caches = [torch.randn(cache_shape, device=run.device) for _ in pools]
+    order = torch.randint(num_pairs, (num_pairs,), generator=generator).to(run.device)
 
     def index_copy() -> None:
         for pool in pools:
@@ -78,7 +81,7 @@ def copying(run: Run, num_pairs: int) -> None:
         OURS: lambda: copier.copy(pairs),
         "index_copy, pool by pool": index_copy,
         "clone of the blocks": lambda: [pool[:num_pairs].clone() for pool in pools],
-        "copy": plain_copy(num_bytes),
+        "copy": plain_copy(num_bytes, run.device),
         f"reorder whole rows of {CONTEXT}": lambda: [c.index_select(0, order) for c in caches],
     }
     run.compare(

@@ -110,13 +110,15 @@ def test_kv_providers_move_what_they_say(monkeypatch: pytest.MonkeyPatch) -> Non
     kept: dict[str, dict[str, harness.Call]] = {}
 
     class Kept:
+        device = "cpu"
+
         def compare(self, kernel: str, x: Any, providers: Any, *_: Any, **__: Any) -> None:
             kept[kernel] = dict(providers)
 
     pools: list[torch.Tensor] = []
     new_pool = kv.new_pool
     monkeypatch.setattr(kv, "NUM_BLOCKS", 64)
-    monkeypatch.setattr(kv, "new_pool", lambda: pools.append(new_pool()) or pools[-1])
+    monkeypatch.setattr(kv, "new_pool", lambda device: pools.append(new_pool(device)) or pools[-1])
     kv.writing(Kept(), 40)
     by_us, _ = pools
     before = by_us.clone()
