@@ -64,7 +64,7 @@ def _figure(title: str, axis: str, records: Sequence[Record]) -> Figure:
     for record in records:
         lines[record.provider].append(record)
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        figure = Figure(figsize=(8, 4.2), layout="constrained")
         axes = figure.subplots()
         for provider, each in lines.items():
             x = [record.place[axis] for record in each]
@@ -88,7 +88,7 @@ def _figure(title: str, axis: str, records: Sequence[Record]) -> Figure:
         axes.set_xlabel(AXES[axis])
         axes.set_ylabel(f"{records[0].metric}, {records[0].unit}")
         axes.set_title(title)
-        axes.legend(frameon=False)
+        figure.legend(frameon=False, loc="outside right upper")
         caption = f"{records[0].config}; {records[0].device}"
         figure.supxlabel(textwrap.fill(caption, 120), fontsize=6, color="gray")
     return figure
