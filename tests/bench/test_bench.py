@@ -172,7 +172,7 @@ def test_a_replay_runs_the_forwards_of_the_engine(
     handles = []
     for role, runner in engine._runners.items():
         count = lambda *_, role=role: called.update([role])  # noqa: E731
-        handles.append(runner._network.register_forward_hook(count))
+        handles.append(runner.network.register_forward_hook(count))
         for pool in runner.pools:
             pool.fill_(7.0)
     replay()
