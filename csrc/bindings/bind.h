@@ -11,5 +11,7 @@ namespace py = pybind11;
 void bind_scheduler(py::module_& m);
 void bind_kv(py::module_& m);
 void bind_sample(py::module_& m);
+void bind_work_list(py::module_& m);
+void bind_cuda(py::module_& m);
 
 }  // namespace ivg::bindings

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bindings/bind.h"
+#include "bindings/block_pairs.h"
 #include "cpu/kernels.h"
 
 namespace ivg::bindings {
@@ -52,24 +53,8 @@ py::object copy_blocks(uintptr_t pools, uintptr_t block_bytes, int64_t num_pools
                        int64_t num_pairs, int64_t num_blocks, int32_t num_threads) {
   require(num_pools >= 0 && num_pairs >= 0 && num_blocks >= 0, "negative size");
   const int32_t* pair = at<const int32_t>(pairs);
-  std::vector<int32_t> written;
-  written.reserve(static_cast<size_t>(num_pairs));
-  for (int64_t i = 0; i < 2 * num_pairs; ++i) {
-    if (pair[i] < 0 || pair[i] >= num_blocks) {
-      return failure("pairs", pair[i],
-                     "must hold block ids in [0, " + std::to_string(num_blocks) + ")");
-    }
-    if (i % 2 == 1) written.push_back(pair[i]);
-  }
-  // The copies run in any order, so a block that is written may be neither read nor written again.
-  std::sort(written.begin(), written.end());
-  const auto twice = std::adjacent_find(written.begin(), written.end());
-  if (twice != written.end()) return failure("pairs", *twice, "must write each block once");
-  for (int64_t i = 0; i < num_pairs; ++i) {
-    if (std::binary_search(written.begin(), written.end(), pair[2 * i])) {
-      return failure("pairs", pair[2 * i], "must not read a block that is written");
-    }
-  }
+  py::object failed = find_bad_pair(pair, num_pairs, num_blocks);
+  if (!failed.is_none()) return failed;
   py::gil_scoped_release release;
   cpu::kernels().copy_blocks({at<void* const>(pools), at<const int64_t>(block_bytes), pair,
                               num_pools, num_pairs, num_threads});
