@@ -28,7 +28,7 @@ from ivg_fast.models.text_value import TextValueModel, load_value
 from ivg_fast.models.value_head import as_value_model
 from ivg_fast.models.values import ExplicitValue, TokenScorer, ValueFunction, call_scorer
 from ivg_fast.models.vocabulary import check_same_vocabulary, load_guide_tokenizer
-from ivg_fast.ops.kv_cache import BlockCopier
+from ivg_fast.ops.block_copy import BlockCopier
 from ivg_fast.outputs import RequestOutput
 from ivg_fast.params import EngineConfig, SearchParams
 from ivg_fast.prompts import RequestFactory

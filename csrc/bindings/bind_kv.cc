@@ -74,6 +74,16 @@ struct AttentionBatch {
   int64_t max_seq_len = 0;
   int64_t max_block_id = -1;
 
+  // block_table, query_start_loc, prompt_lens, response_lens, response_block_start, as views.
+  py::tuple arrays(const py::object& self) const {
+    const auto view = [&](const std::vector<int32_t>& data) {
+      return py::array_t<int32_t>(static_cast<py::ssize_t>(data.size()), data.data(), self);
+    };
+    const py::array_t<int32_t> table({num_rows, table_width}, block_table.data(), self);
+    return py::make_tuple(table, view(query_start_loc), view(prompt_lens), view(response_lens),
+                          view(response_block_start));
+  }
+
   void run(uintptr_t query, int64_t token_stride, int64_t head_stride, uintptr_t key_pool,
            uintptr_t value_pool, uintptr_t out, int64_t num_heads, int64_t num_kv_heads,
            int64_t key_size, int64_t value_size, int32_t dtype, double scale,
@@ -187,12 +197,18 @@ void bind_kv(py::module_& m) {
   m.attr("max_head_size") = cpu::kMaxHeadSize;
   m.def("write_kv", &write_kv);
   m.def("copy_blocks", &copy_blocks);
+  m.def("find_bad_pair", [](uintptr_t pairs, int64_t num_pairs, int64_t num_blocks) {
+    require(num_pairs >= 0 && num_blocks >= 0, "negative size");
+    return find_bad_pair(at<const int32_t>(pairs), num_pairs, num_blocks);
+  });
   py::class_<AttentionBatch>(m, "AttentionBatch")
       .def_readonly("num_rows", &AttentionBatch::num_rows)
       .def_readonly("num_tokens", &AttentionBatch::num_tokens)
       .def_readonly("max_query_len", &AttentionBatch::max_query_len)
       .def_readonly("max_seq_len", &AttentionBatch::max_seq_len)
       .def_readonly("max_block_id", &AttentionBatch::max_block_id)
+      .def("arrays",
+           [](const py::object& self) { return self.cast<const AttentionBatch&>().arrays(self); })
       .def("run", &AttentionBatch::run);
   m.def("make_attention_batch", &make_attention_batch);
 }

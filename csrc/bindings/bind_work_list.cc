@@ -49,7 +49,7 @@ py::tuple build(const Ints& block_table, const Ints& query_start_loc, const Ints
     py::gil_scoped_release release;
     build_work_list(rows, {tile_tokens, run_blocks, min_shared_rows, min_shared_tokens}, &list);
   }
-  return py::make_tuple(list.num_items, list.num_partials, list.max_item_tokens);
+  return py::make_tuple(list.num_items, list.num_partials);
 }
 
 }  // namespace
@@ -62,7 +62,7 @@ void bind_work_list(py::module_& m) {
         py::arg("token_rows").noconvert(), py::arg("partial_starts").noconvert(),
         py::arg("max_partials"),
         "Fills items [max_items, 6], token_rows [T] and partial_starts [T + 1]; returns "
-        "(num_items, num_partials, max_item_tokens). See csrc/scheduler/work_list.h.");
+        "(num_items, num_partials). See csrc/scheduler/work_list.h.");
 }
 
 }  // namespace ivg::bindings

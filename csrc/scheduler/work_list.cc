@@ -133,7 +133,7 @@ class Builder {
 
  private:
   void place_tokens() {
-    list_.num_items = list_.max_item_tokens = 0;
+    list_.num_items = 0;
     int64_t next = 0, token = 0;
     const auto place = [&](int64_t row, int64_t partials) {
       list_.token_rows[token] = static_cast<int32_t>(row);
@@ -179,7 +179,6 @@ class Builder {
                                         static_cast<int32_t>(split)};
       }
       ++list_.num_items;
-      list_.max_item_tokens = std::max(list_.max_item_tokens, num_tokens);
     }
   }
 

@@ -57,7 +57,6 @@ struct WorkList {
 
   int64_t num_items = 0;
   int64_t num_partials = 0;
-  int64_t max_item_tokens = 0;
 };
 
 // Fills `list`. Throws InvalidParameter where an index points outside the table or where the list

@@ -169,7 +169,6 @@ TEST_CASE("every query reads its keys once, whoever shares them") {
       }
       CHECK(item.num_tokens > 0);
       CHECK(item.num_tokens <= options.tile_tokens);
-      CHECK(item.num_tokens <= built.list.max_item_tokens);
       const int32_t last = item.first_token + item.num_tokens - 1;
       has_shared |=
           item.num_tokens > 0 && built.token_rows[item.first_token] != built.token_rows[last];

@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 from ivg_fast.errors import UnsupportedModelError
 from ivg_fast.models.batch import ForwardBatch
-from ivg_fast.ops.kv_cache import write_kv
+from ivg_fast.ops.kv_cache import write_key_value
 from ivg_fast.ops.paged_attention import AttentionMetadata, paged_attention_prepared
 
 ATTENTION_NAME = "ivg_paged"
@@ -216,8 +216,9 @@ class PagedContext:
         window = layer.sliding_window if sliding_window is _ABSENT else sliding_window
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         key_pool, value_pool = layer.key_pool, layer.value_pool
-        write_kv(_by_token(key), key_pool, self.slot_mapping)
-        write_kv(_by_token(value), value_pool, self.slot_mapping)
+        write_key_value(
+            _by_token(key), _by_token(value), key_pool, value_pool, self.slot_mapping
+        )
         output = paged_attention_prepared(
             _by_token(query),
             key_pool,

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from ivg_fast import _C
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.ops.kv_cache import BLOCK_SIZE
+from ivg_fast.ops.paged_plan import PagedPlan, WorkListOptions, make_batch
 
 # As csrc/cpu/kernels.h numbers them.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -38,6 +39,7 @@ class AttentionMetadata:
     max_seq_len: int
     max_block_id: int
     _batch: Any
+    _plans: dict[Any, PagedPlan] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def build(
@@ -59,19 +61,13 @@ class AttentionMetadata:
                 "block_table", tuple(block_table.shape), "must be [num_rows, width]"
             )
         num_rows, width = block_table.shape
-        arrays = [
+        batch = make_batch(
             _int32("block_table", block_table, (num_rows, width)),
             _int32("query_start_loc", query_start_loc, (num_rows + 1,)),
             _int32("prompt_lens", prompt_lens, (num_rows,)),
             _int32("response_lens", response_lens, (num_rows,)),
             _int32("response_block_start", response_block_start, (num_rows,)),
-        ]
-        table, starts, prompts, responses, response_starts = (a.data_ptr() for a in arrays)
-        batch = _C.make_attention_batch(
-            table, width, starts, prompts, responses, response_starts, num_rows
         )
-        if isinstance(batch, tuple):
-            raise InvalidParameterError(*batch)
         return cls(
             batch.num_rows,
             batch.num_tokens,
@@ -80,6 +76,16 @@ class AttentionMetadata:
             batch.max_block_id,
             batch,
         )
+
+    def plan(
+        self, device: torch.device, tile_tokens: int, options: WorkListOptions | None = None
+    ) -> PagedPlan:
+        """These rows on a device with their work list, made once for all layers of a kind."""
+        key = (device, tile_tokens, options)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = PagedPlan.of_batch(self._batch, device, tile_tokens, options)
+        return plan
 
 
 def _int32(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -96,7 +102,7 @@ def check_layer(
     query: Tensor,
     key_pool: Tensor,
     value_pool: Tensor,
-    metadata: AttentionMetadata,
+    metadata: AttentionMetadata | PagedPlan,
     sliding_window: int | None,
     soft_cap: float | None,
     sinks: Tensor | None,
@@ -139,7 +145,7 @@ def _explain(
     query: Tensor,
     key_pool: Tensor,
     value_pool: Tensor,
-    metadata: AttentionMetadata,
+    metadata: AttentionMetadata | PagedPlan,
     sliding_window: int | None,
     soft_cap: float | None,
     sinks: Tensor | None,

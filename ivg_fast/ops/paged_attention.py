@@ -14,12 +14,14 @@ by a chunk and a whole prompt (R = 0) are the same operation::
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ivg_fast.errors import InvalidParameterError
+from ivg_fast.ops._backend import Backend, choose_backend
+from ivg_fast.ops._triton import check_device
 from ivg_fast.ops.attention_metadata import (
     DTYPE_CODES,
     AttentionMetadata,
@@ -27,16 +29,16 @@ from ivg_fast.ops.attention_metadata import (
     output_for,
 )
 from ivg_fast.ops.kv_cache import BLOCK_SIZE, thread_count
+from ivg_fast.ops.paged_plan import PagedPlan, WorkListOptions
 
 __all__ = [
     "AttentionMetadata",
+    "PagedPlan",
+    "WorkListOptions",
     "paged_attention",
     "paged_attention_prepared",
     "paged_attention_ref",
 ]
-
-Backend = Literal["auto", "cpu", "torch"]
-
 
 def paged_attention(
     query: Tensor,
@@ -55,6 +57,7 @@ def paged_attention(
     out: Tensor | None = None,
     num_threads: int | None = None,
     backend: Backend = "auto",
+    work_list: WorkListOptions | None = None,
 ) -> Tensor:
     """Attend through block tables; the module's docstring has the formula.
 
@@ -77,7 +80,9 @@ def paged_attention(
         sinks: float32 [Hq], one more logit a head in the denominator.
         out: [T, Hq, Dv], contiguous, dtype of `query`; allocated where None.
         num_threads: default `torch.get_num_threads()`; does not change the result.
-        backend: "cpu" (C++), "torch" (`paged_attention_ref`), "auto" picks by device.
+        backend: "cpu" (C++), "triton", "torch" (`paged_attention_ref`), "auto" picks by the device
+            of `query`. The arrays of the rows are on the CPU for all of them.
+        work_list: how the Triton kernels share the work; None: WorkListOptions().
 
     Returns:
         [T, Hq, Dv], contiguous, dtype of `query`.
@@ -100,19 +105,20 @@ def paged_attention(
         "out": out,
         "num_threads": num_threads,
     }
-    if backend == "torch":
+    chosen = choose_backend(backend, query)
+    if chosen == "torch":
         return paged_attention_ref(query, key_pool, value_pool, **rows, **options)
-    if backend not in ("auto", "cpu"):
-        raise InvalidParameterError("backend", backend, "must be auto, cpu or torch")
     metadata = AttentionMetadata.build(**rows)
-    return paged_attention_prepared(query, key_pool, value_pool, metadata, **options)
+    return paged_attention_prepared(
+        query, key_pool, value_pool, metadata, **options, backend=chosen, work_list=work_list
+    )
 
 
 def paged_attention_prepared(
     query: Tensor,
     key_pool: Tensor,
     value_pool: Tensor,
-    metadata: AttentionMetadata,
+    rows: AttentionMetadata | PagedPlan,
     *,
     scale: float,
     sliding_window: int | None = None,
@@ -120,13 +126,37 @@ def paged_attention_prepared(
     sinks: Tensor | None = None,
     out: Tensor | None = None,
     num_threads: int | None = None,
+    backend: str = "auto",
+    work_list: WorkListOptions | None = None,
 ) -> Tensor:
-    """`paged_attention` on the CPU with its rows checked beforehand: the call a layer makes."""
-    if not query.is_cpu:
-        raise InvalidParameterError("query", str(query.device), "must be on the CPU")
-    check_layer(query, key_pool, value_pool, metadata, sliding_window, soft_cap, sinks)
+    """`paged_attention` with its rows checked beforehand: the call a layer makes.
+
+    Args:
+        rows: AttentionMetadata, or for Triton alone a PagedPlan, whose call never waits for the
+            device and may be captured in a graph.
+        backend: as in `paged_attention`, but for "torch".
+    """
+    check_layer(query, key_pool, value_pool, rows, sliding_window, soft_cap, sinks)
     out = output_for(query, value_pool, out)
-    metadata._batch.run(
+    if choose_backend(backend, query) == "triton":
+        check_device("query", query)
+        from ivg_fast.triton_kernels import paged_attention as kernels
+
+        if isinstance(rows, AttentionMetadata):
+            tiles = kernels.Tiles.of_layer(query, key_pool, value_pool)
+            rows = rows.plan(query.device, tiles.tile_tokens, work_list)
+        kernels.paged_attention(
+            *(query, key_pool, value_pool, rows, out),
+            scale=scale,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+        )
+        return out
+    if not query.is_cpu or not isinstance(rows, AttentionMetadata):
+        requirement = "must be on the CPU, with AttentionMetadata, for backend 'cpu'"
+        raise InvalidParameterError("query", str(query.device), requirement)
+    rows._batch.run(
         query.data_ptr(),
         query.stride(0),
         query.stride(1),

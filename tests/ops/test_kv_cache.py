@@ -13,13 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ivg_fast.errors import InvalidParameterError
-from ivg_fast.ops.kv_cache import (
-    BlockCopier,
-    copy_blocks,
-    copy_blocks_ref,
-    write_kv,
-    write_kv_ref,
-)
+from ivg_fast.ops.block_copy import BlockCopier, copy_blocks, copy_blocks_ref
+from ivg_fast.ops.kv_cache import write_kv, write_kv_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
