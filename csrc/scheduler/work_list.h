@@ -4,8 +4,8 @@
 // A row's key blocks are numbered j = 0, 1, ...: first those of its prompt, then those of its
 // response, whatever columns of the table they stand in. They are cut into splits, by a rule that
 // looks at the row alone, and each split into items: tiles of queries times one split. Rows that
-// stand side by side and hold the same blocks in a split may share its items; each query's partial
-// results then are the same to the bit, only fetched once for all.
+// stand side by side and hold the same blocks in a split may share its items: each query's partial
+// results are made of the same keys then, only fetched once for all.
 //
 //   row 0:  [ prompt, shared  )[ response )        items:  rows 0-2 x split 0, rows 0-2 x split 1,
 //   row 1:  [ prompt, shared  )[ response )                row 0 x split 2, row 1 x split 2, ...

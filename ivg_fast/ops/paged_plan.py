@@ -45,8 +45,8 @@ class WorkListOptions:
             than 64 queries.
         min_shared_rows: neighbouring rows that share a split's keys at the least.
         min_shared_tokens: keys that they have to share at the least. A prompt of this length is cut
-            off from the response whether its row has such neighbours or not, so that
-            `min_shared_rows` changes no bit of a result.
+            off from the response whether its row has such neighbours or not, so that a result is
+            put together from the same parts with sharing and without.
     """
 
     run_blocks: int | None = None
