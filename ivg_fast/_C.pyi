@@ -14,6 +14,7 @@ _F64 = NDArray[np.float64]
 
 BLOCK_SIZE: int
 cuda_built: bool
+cuda_architectures: str  # "80 90 ...", empty where not built
 
 def cpu_isa() -> str: ...
 def __getattr__(name: str) -> Any: ...  # the kernels' entry points, called from ivg_fast.ops alone

@@ -22,6 +22,7 @@ import torch
 from ivg_fast import _C
 from ivg_fast.engine import Engine
 from ivg_fast.errors import InvalidParameterError, IVGError
+from ivg_fast.ops.block_copy import gpu_backend
 from ivg_fast.outputs import RequestOutput
 from ivg_fast.params import EngineConfig, SearchParams
 from ivg_fast.training import cli as training
@@ -200,12 +201,14 @@ def _info(_: argparse.Namespace) -> int:
         except metadata.PackageNotFoundError:
             return "not installed"
 
+    built = ", sm_".join(_C.cuda_architectures.split())
     rows = {
         "ivg_fast": version("ivg_fast"),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "triton")},
         "CPU kernels": f"{_C.cpu_isa()}, {torch.get_num_threads()} threads",
-        "CUDA kernels": "built" if _C.cuda_built else "not built",
+        "CUDA kernels": f"built for sm_{built}, PTX" if built else "not built",
+        "GPU": f"sampling and attention by triton, copies of blocks by {gpu_backend()}",
         "devices": ", ".join(
             ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))]
         ),

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import save_file
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ivg_fast import Engine, EngineConfig, SearchParams
+from ivg_fast import _C, Engine, EngineConfig, SearchParams
 from ivg_fast.cli import EXIT_FAILED, EXIT_OK, EXIT_USAGE, main
 
 
@@ -117,3 +117,7 @@ def test_info(capsys) -> None:
     assert main(["info"]) == EXIT_OK
     rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     assert {"ivg_fast", "torch", "transformers", "devices"} <= set(map(str.strip, rows))
+    rows = {name.strip(): value.strip() for name, value in rows.items()}
+    is_built = rows["CUDA kernels"].startswith("built for sm_80")
+    assert is_built == _C.cuda_built
+    assert ("copies of blocks by cuda" in rows["GPU"]) == is_built

@@ -216,9 +216,7 @@ class PagedContext:
         window = layer.sliding_window if sliding_window is _ABSENT else sliding_window
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         key_pool, value_pool = layer.key_pool, layer.value_pool
-        write_key_value(
-            _by_token(key), _by_token(value), key_pool, value_pool, self.slot_mapping
-        )
+        write_key_value(_by_token(key), _by_token(value), key_pool, value_pool, self.slot_mapping)
         output = paged_attention_prepared(
             _by_token(query),
             key_pool,

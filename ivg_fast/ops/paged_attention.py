@@ -40,6 +40,7 @@ __all__ = [
     "paged_attention_ref",
 ]
 
+
 def paged_attention(
     query: Tensor,
     key_pool: Tensor,

@@ -154,9 +154,7 @@ class PagedPlan:
         run_blocks = options.run_blocks_for(batch.max_query_len)
         if batch.max_query_len <= 1 and num_rows < options.min_shared_rows:
             tile_tokens = 1  # nobody to share with: no code for large tiles
-        lists, num_partials = _build_lists(
-            rows, batch.num_tokens, tile_tokens, run_blocks, options
-        )
+        lists, num_partials = _build_lists(rows, batch.num_tokens, tile_tokens, run_blocks, options)
         plan = cls(
             device,
             num_rows=num_rows,

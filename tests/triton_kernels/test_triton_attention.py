@@ -48,7 +48,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def random_lens(rng: random.Random, num_rows: int = 4) -> list[tuple[int, int, int]]:
-    """(prompt, response, queries) a row: decodes, extensions, whole prompts, rows without a query."""
+    """(prompt, response, queries) a row: decodes, extensions, prompts, rows without a query."""
     lens = []
     for _ in range(num_rows):
         prompt = rng.choice([rng.randint(1, 40), 16 * rng.randint(1, 3), rng.randint(60, 90), 0])
