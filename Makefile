@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/*.cc csrc/*/*.h csrc/*/*.cu)
 SANITIZE ?= address,undefined
 
-.PHONY: demo family test lint test-core test-python test-wheel bench-core clean
+.PHONY: demo family test lint test-core test-python test-wheel bench-core gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m bench.demo
@@ -64,6 +64,11 @@ test-wheel: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps --target build/wheel-site build/wheel/*.whl
 	cd / && PYTHONPATH="$(abspath build/wheel-site)" $(abspath $(BIN))/python \
 	  $(abspath tools/check_wheel.py) "$(abspath build/wheel-site)"
+
+# On a machine with a GPU, without a network: the Python that has torch builds in place and checks.
+# ONLY="build tests memcheck racecheck ops" picks steps, OUT is where results go.
+gpu-check:
+	$(PYTHON) tools/gpu_check.py
 
 clean:
 	rm -rf build $(VENV) *.egg-info ivg_fast/_C*.so
