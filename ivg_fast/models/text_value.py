@@ -24,7 +24,7 @@ from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.value_head import ValueModel, as_value_model, load_value_model
 from ivg_fast.models.values import TokenScorer
 from ivg_fast.models.vocabulary import load_guide_tokenizer
-from ivg_fast.ops.kv_cache import BlockCopier
+from ivg_fast.ops.block_copy import BlockCopier
 from ivg_fast.params import ScoreInput
 
 logger = logging.getLogger("ivg_fast")
