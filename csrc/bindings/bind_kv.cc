@@ -66,7 +66,7 @@ py::object copy_blocks(uintptr_t pools, uintptr_t block_bytes, int64_t num_pools
 // change them after the check.
 struct AttentionBatch {
   std::vector<int32_t> block_table, query_start_loc, prompt_lens, response_lens,
-      response_block_start;
+      response_block_start, group_start;
   int64_t num_rows = 0;
   int64_t table_width = 0;
   int64_t num_tokens = 0;
@@ -105,6 +105,8 @@ struct AttentionBatch {
     args.prompt_lens = prompt_lens.data();
     args.response_lens = response_lens.data();
     args.response_block_start = response_block_start.data();
+    args.group_start = group_start.data();
+    args.num_groups = static_cast<int64_t>(group_start.size()) - 1;
     args.sinks = at<const float>(sinks);
     args.num_rows = num_rows;
     args.table_width = table_width;
@@ -119,6 +121,30 @@ struct AttentionBatch {
     args.num_threads = num_threads;
     py::gil_scoped_release release;
     cpu::kernels().paged_attention(args);
+  }
+
+  // Rows that stand together and share a prompt worth sharing: each of its keys is then loaded once
+  // for all of them. Groups never reach over two requests, so that neighbours stay without effect.
+  void find_groups() {
+    constexpr int32_t kShareFrom = 2 * kBlockSize;  // tokens
+    const auto can_share = [&](int64_t row) {
+      const int32_t queries = query_start_loc[row + 1] - query_start_loc[row];
+      return prompt_lens[row] >= kShareFrom && queries > 0 && queries <= response_lens[row];
+    };
+    const auto has_same_prompt = [&](int64_t row, int64_t other) {
+      const auto table = block_table.begin();
+      const int64_t num_blocks = (prompt_lens[row] + kBlockSize - 1) / kBlockSize;
+      return prompt_lens[row] == prompt_lens[other] &&
+             std::equal(table + row * table_width, table + row * table_width + num_blocks,
+                        table + other * table_width);
+    };
+    group_start.assign(1, 0);
+    for (int64_t row = 1; row < num_rows; ++row) {
+      if (!can_share(row) || !can_share(row - 1) || !has_same_prompt(row, row - 1)) {
+        group_start.push_back(static_cast<int32_t>(row));
+      }
+    }
+    if (num_rows > 0) group_start.push_back(static_cast<int32_t>(num_rows));
   }
 };
 
@@ -188,6 +214,7 @@ py::object make_attention_batch(uintptr_t block_table, int64_t table_width,
     batch.max_seq_len = std::max(batch.max_seq_len, prompt + response);
   }
   batch.num_tokens = batch.query_start_loc[num_rows];
+  batch.find_groups();
   return py::cast(std::move(batch));
 }
 

@@ -37,8 +37,10 @@ struct CopyBlocksArgs {
 
 // Attention of packed queries over the paged cache. Row i has prompt_lens[i] prompt keys, in the
 // slots [0, P) of its first blocks, and response_lens[i] response keys, from the start of its block
-// number response_block_start[i] on; its queries are the last ones of these positions. Trusts every
-// index: AttentionBatch has checked them.
+// number response_block_start[i] on; its queries are the last ones of these positions. Rows of one
+// group, [group_start[g], group_start[g + 1]), have the same prompt blocks, and all their queries
+// stand behind the prompt; or a group is a single row. Trusts every index: AttentionBatch has
+// checked them.
 struct PagedAttentionArgs {
   const void* query;                    // [num_tokens, num_heads, key_size], strided
   int64_t query_token_stride;           // elements
@@ -51,7 +53,9 @@ struct PagedAttentionArgs {
   const int32_t* prompt_lens;           // [num_rows]
   const int32_t* response_lens;         // [num_rows]
   const int32_t* response_block_start;  // [num_rows]
+  const int32_t* group_start;           // [num_groups + 1]
   const float* sinks;                   // [num_heads], or null
+  int64_t num_groups;
   int64_t num_rows;
   int64_t table_width;
   int64_t num_heads;

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention over the paged cache: online softmax, a tile of queries against segments of key blocks.
 //
-// A work item is (KV head, tile), a tile up to kMaxTile query vectors of one row: the heads of a
-// GQA group at one or several positions. Each key block that is loaded serves the whole tile.
+// A work item is (KV head, tile), a tile up to kMaxTile query vectors: the heads of a GQA group at
+// one or several positions of one row, or of neighbouring rows that share their prompt. Each key
+// block of the prompt that is loaded serves the whole tile, the response's blocks those of its row.
 // Scores of one segment of blocks are formed first, then one softmax update, then the values are
 // added, so the bookkeeping of the online softmax is paid once a segment. What a query computes
-// depends on its row alone, not on the number of threads.
+// depends on its group of rows alone, not on other requests or the number of threads.
 #include <stdint.h>
 #include <string.h>
 
@@ -339,7 +340,7 @@ void pad_block(const typename E::Type* block, int size, int num_keys, float* out
 
 template <class E>
 void score_block(const PagedAttentionArgs& a, const typename E::Type* keys, int num_keys,
-                 int num_queries, Scratch& s, float* scores, int score_stride) {
+                 const float* query, int num_queries, Scratch& s, float* scores, int score_stride) {
   const int size = static_cast<int>(a.key_size);
   const int padded = padded_size(size);
   if (num_queries >= kTransposeFrom) {
@@ -351,13 +352,12 @@ void score_block(const PagedAttentionArgs& a, const typename E::Type* keys, int 
       pad_block<E>(keys, size, num_keys, s.padded);
       transpose(tile, padded, padded, s.transposed);
     }
-    score_transposed(s.transposed, size, s.query, padded, num_queries, scores, score_stride);
+    score_transposed(s.transposed, size, query, padded, num_queries, scores, score_stride);
   } else if (size == padded) {
-    score_direct<E>(keys, size, num_keys, s.query, padded, num_queries, scores, score_stride);
+    score_direct<E>(keys, size, num_keys, query, padded, num_queries, scores, score_stride);
   } else {
     pad_block<E>(keys, size, num_keys, s.padded);
-    score_direct<F32>(s.padded, padded, num_keys, s.query, padded, num_queries, scores,
-                      score_stride);
+    score_direct<F32>(s.padded, padded, num_keys, query, padded, num_queries, scores, score_stride);
   }
 }
 
@@ -369,10 +369,13 @@ void visible_keys(const KeyBlock& block, int64_t position, int64_t window, int* 
   *first = static_cast<int>(min64(max64(begin, 0), *last));
 }
 
-// Blocks [first_block, last_block) of `keys` against `num_queries` queries of the scratch.
+// Blocks [first_block, last_block) of `keys` against the scratch's queries [first_query,
+// first_query
+// + num_queries).
 template <class E>
 void attend_segment(const PagedAttentionArgs& a, const RowKeys& keys, int64_t kv_head,
-                    int64_t first_block, int64_t last_block, int num_queries, Scratch& s) {
+                    int64_t first_block, int64_t last_block, int first_query, int num_queries,
+                    Scratch& s) {
   typedef typename E::Type T;
   const int key_size = static_cast<int>(a.key_size);
   const int value_size = static_cast<int>(a.value_size);
@@ -381,12 +384,14 @@ void attend_segment(const PagedAttentionArgs& a, const RowKeys& keys, int64_t kv
   const int num_scores = num_blocks * kBlock;
   const T* values[kMaxSegment];
   int begin[kMaxSegment], end[kMaxSegment];
+  const float* query = s.query + first_query * padded_size(a.key_size);
+  float* acc = s.acc + first_query * acc_size;
 
   for (int b = 0; b < num_blocks; ++b) {
     const KeyBlock block = keys.at(first_block + b);
     const int64_t place = (block.id * a.num_kv_heads + kv_head) * kBlock;
     values[b] = static_cast<const T*>(a.value_pool) + place * value_size;
-    score_block<E>(a, static_cast<const T*>(a.key_pool) + place * key_size, block.num_keys,
+    score_block<E>(a, static_cast<const T*>(a.key_pool) + place * key_size, block.num_keys, query,
                    num_queries, s, s.scores + b * kBlock, num_scores);
   }
   const VecF scale = splat(a.scale);
@@ -401,7 +406,7 @@ void attend_segment(const PagedAttentionArgs& a, const RowKeys& keys, int64_t kv
     end[b] = 0;
     for (int m = 0; m < num_queries; ++m) {
       int first, last;
-      visible_keys(block, s.position[m], a.sliding_window, &first, &last);
+      visible_keys(block, s.position[first_query + m], a.sliding_window, &first, &last);
       float* scores = s.scores + m * num_scores + b * kBlock;
       for (int key = 0; key < first; ++key) scores[key] = kNegInf;
       for (int key = last; key < kBlock; ++key) scores[key] = kNegInf;
@@ -411,42 +416,63 @@ void attend_segment(const PagedAttentionArgs& a, const RowKeys& keys, int64_t kv
     }
   }
   for (int m = 0; m < num_queries; ++m) {
-    softmax_update(s.scores + m * num_scores, num_scores, s.row_max + m, s.row_sum + m,
-                   s.acc + m * acc_size, acc_size);
+    softmax_update(s.scores + m * num_scores, num_scores, s.row_max + first_query + m,
+                   s.row_sum + first_query + m, acc + m * acc_size, acc_size);
   }
   // Only keys that some query sees are read: an unwritten slot may hold NaN, and 0 * NaN is NaN.
   if (value_size == acc_size) {
     add_values<E>(values, begin, end, num_blocks, value_size, s.scores, num_scores, num_queries,
-                  s.acc, acc_size);
+                  acc, acc_size);
     return;
   }
   for (int b = 0; b < num_blocks; ++b) {
     pad_block<E>(values[b], value_size, end[b], s.padded);
     const float* padded = s.padded;
     add_values<F32>(&padded, begin + b, end + b, 1, acc_size, s.scores + b * kBlock, num_scores,
-                    num_queries, s.acc, acc_size);
+                    num_queries, acc, acc_size);
   }
 }
 
-// Query vectors [first, first + count) of the row, counted position by position over the heads of
-// the group.
+// Blocks [first_block, last_block) in segments that the scores of these queries fit.
 template <class E>
-void attend_tile(const PagedAttentionArgs& a, int64_t row, int64_t kv_head, int64_t first,
-                 int count, Scratch& s) {
-  typedef typename E::Type T;
-  const RowKeys keys(a, row);
-  const int64_t group = a.num_heads / a.num_kv_heads;
-  const int64_t first_token = a.query_start_loc[row];
-  const int64_t num_tokens = a.query_start_loc[row + 1] - first_token;
-  const int64_t first_position = keys.prompt_len + keys.response_len - num_tokens;
-  const int key_size = static_cast<int>(a.key_size);
-  const int value_size = static_cast<int>(a.value_size);
-  const int query_stride = padded_size(key_size);
-  const int acc_size = padded_size(value_size);
+void attend_blocks(const PagedAttentionArgs& a, const RowKeys& keys, int64_t kv_head,
+                   int64_t first_block, int64_t last_block, int first_query, int num_queries,
+                   Scratch& s) {
+  const int64_t segment = min64(kMaxSegment, kScoreBudget / (kBlock * num_queries));
+  for (int64_t b = first_block; b < last_block; b += segment) {
+    attend_segment<E>(a, keys, kv_head, b, min64(b + segment, last_block), first_query, num_queries,
+                      s);
+  }
+}
 
-  for (int m = 0; m < count; ++m) {
-    const int64_t token = (first + m) / group;
-    const int64_t head = kv_head * group + (first + m) % group;
+int64_t num_queries_of(const PagedAttentionArgs& a, int64_t row) {
+  return (a.query_start_loc[row + 1] - static_cast<int64_t>(a.query_start_loc[row])) *
+         (a.num_heads / a.num_kv_heads);
+}
+
+// Query vectors of one row in a tile.
+struct Span {
+  int64_t row;
+  int64_t first;  // of the row's vectors, counted position by position over the heads of the group
+  int begin;      // in the tile: [begin, end)
+  int end;
+};
+
+template <class E>
+void load_queries(const PagedAttentionArgs& a, int64_t kv_head, const Span& span, Scratch& s) {
+  typedef typename E::Type T;
+  const int64_t group = a.num_heads / a.num_kv_heads;
+  const int64_t first_token = a.query_start_loc[span.row];
+  const int64_t num_tokens = a.query_start_loc[span.row + 1] - first_token;
+  const int64_t first_position =
+      a.prompt_lens[span.row] + static_cast<int64_t>(a.response_lens[span.row]) - num_tokens;
+  const int key_size = static_cast<int>(a.key_size);
+  const int query_stride = padded_size(a.key_size);
+  const int acc_size = padded_size(a.value_size);
+  for (int m = span.begin; m < span.end; ++m) {
+    const int64_t vector = span.first + m - span.begin;
+    const int64_t token = vector / group;
+    const int64_t head = kv_head * group + vector % group;
     const T* query = static_cast<const T*>(a.query) + (first_token + token) * a.query_token_stride +
                      head * a.query_head_stride;
     float* q = s.query + m * query_stride;
@@ -457,17 +483,19 @@ void attend_tile(const PagedAttentionArgs& a, int64_t row, int64_t kv_head, int6
     s.row_max[m] = a.sinks != nullptr ? a.sinks[head] : kNegInf;
     s.row_sum[m] = a.sinks != nullptr ? 1.0f : 0.0f;
   }
+}
 
-  const int64_t oldest = a.sliding_window > 0 ? max64(0, s.position[0] - a.sliding_window + 1) : 0;
-  const int64_t last_block = keys.block_of(s.position[count - 1]) + 1;
-  const int64_t segment = min64(kMaxSegment, kScoreBudget / (kBlock * count));
-  for (int64_t b = keys.block_of(oldest); b < last_block; b += segment) {
-    attend_segment<E>(a, keys, kv_head, b, min64(b + segment, last_block), count, s);
-  }
-
-  for (int m = 0; m < count; ++m) {
-    const int64_t token = first_token + (first + m) / group;
-    const int64_t head = kv_head * group + (first + m) % group;
+template <class E>
+void store_outputs(const PagedAttentionArgs& a, int64_t kv_head, const Span& span,
+                   const Scratch& s) {
+  typedef typename E::Type T;
+  const int64_t group = a.num_heads / a.num_kv_heads;
+  const int value_size = static_cast<int>(a.value_size);
+  const int acc_size = padded_size(a.value_size);
+  for (int m = span.begin; m < span.end; ++m) {
+    const int64_t vector = span.first + m - span.begin;
+    const int64_t token = a.query_start_loc[span.row] + vector / group;
+    const int64_t head = kv_head * group + vector % group;
     T* out = static_cast<T*>(a.out) + (token * a.num_heads + head) * value_size;
     const float* acc = s.acc + m * acc_size;
     const float inverse = 1.0f / s.row_sum[m];
@@ -475,24 +503,62 @@ void attend_tile(const PagedAttentionArgs& a, int64_t row, int64_t kv_head, int6
   }
 }
 
+// Query vectors [first, first + count) of the group, counted row by row.
+template <class E>
+void attend_tile(const PagedAttentionArgs& a, int64_t group, int64_t kv_head, int64_t first,
+                 int count, Scratch& s) {
+  Span spans[kMaxTile];
+  int num_spans = 0;
+  int64_t row = a.group_start[group];
+  while (first >= num_queries_of(a, row)) first -= num_queries_of(a, row++);
+  for (int begin = 0; begin < count; ++row, first = 0) {
+    const int64_t end = min64(count, begin + num_queries_of(a, row) - first);
+    spans[num_spans++] = {row, first, begin, static_cast<int>(end)};
+    begin = static_cast<int>(end);
+  }
+  for (int i = 0; i < num_spans; ++i) load_queries<E>(a, kv_head, spans[i], s);
+
+  const auto oldest_block = [&](const RowKeys& keys, int64_t position) {
+    return a.sliding_window > 0 ? keys.block_of(max64(0, position - a.sliding_window + 1)) : 0;
+  };
+  // With several rows the blocks of their prompt come first, for the whole tile.
+  int64_t num_shared = 0;
+  if (num_spans > 1) {
+    const RowKeys keys(a, spans[0].row);
+    int64_t oldest = s.position[0];
+    for (int m = 1; m < count; ++m) oldest = min64(oldest, s.position[m]);
+    num_shared = keys.num_prompt_blocks;
+    attend_blocks<E>(a, keys, kv_head, oldest_block(keys, oldest), num_shared, 0, count, s);
+  }
+  for (int i = 0; i < num_spans; ++i) {
+    const Span& span = spans[i];
+    const RowKeys keys(a, span.row);
+    attend_blocks<E>(
+        a, keys, kv_head, max64(num_shared, oldest_block(keys, s.position[span.begin])),
+        keys.block_of(s.position[span.end - 1]) + 1, span.begin, span.end - span.begin, s);
+    store_outputs<E>(a, kv_head, span, s);
+  }
+}
+
 // --- all tiles
 
-int64_t num_tiles(const PagedAttentionArgs& a, int64_t row) {
-  const int64_t queries =
-      (a.query_start_loc[row + 1] - static_cast<int64_t>(a.query_start_loc[row])) *
-      (a.num_heads / a.num_kv_heads);
-  return (queries + kMaxTile - 1) / kMaxTile;
+int64_t num_queries_of_group(const PagedAttentionArgs& a, int64_t group) {
+  const int64_t begin = a.query_start_loc[a.group_start[group]];
+  return (a.query_start_loc[a.group_start[group + 1]] - begin) * (a.num_heads / a.num_kv_heads);
+}
+
+int64_t num_tiles(const PagedAttentionArgs& a, int64_t group) {
+  return (num_queries_of_group(a, group) + kMaxTile - 1) / kMaxTile;
 }
 
 template <class E>
 void run(const PagedAttentionArgs& a) {
-  const int64_t group = a.num_heads / a.num_kv_heads;
   int64_t tiles = 0;
   int64_t work = 0;
+  for (int64_t group = 0; group < a.num_groups; ++group) tiles += num_tiles(a, group);
   for (int64_t row = 0; row < a.num_rows; ++row) {
     const int64_t tokens =
         a.query_start_loc[row + 1] - static_cast<int64_t>(a.query_start_loc[row]);
-    tiles += num_tiles(a, row);
     work += tokens * (a.prompt_lens[row] + static_cast<int64_t>(a.response_lens[row]));
   }
   work *= a.num_heads * (a.key_size + a.value_size);
@@ -502,19 +568,18 @@ void run(const PagedAttentionArgs& a) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Scratch scratch;
-    int64_t row = 0;  // the cursor: tiles [row_tile, row_tile + num_tiles(row)) are the row's
-    int64_t row_tile = 0;
-    // Heads outermost, so that rows which share prompt blocks meet them in cache.
+    int64_t group = 0;  // the cursor: tiles [group_tile, group_tile + num_tiles(group)) are its
+    int64_t group_tile = 0;
+    // Heads outermost, so that rows which share blocks meet them in cache.
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < items; ++item) {
       const int64_t tile = item % tiles;
-      if (tile < row_tile) row = row_tile = 0;
-      while (tile >= row_tile + num_tiles(a, row)) row_tile += num_tiles(a, row++);
-      const int64_t first = (tile - row_tile) * kMaxTile;
-      const int64_t queries =
-          (a.query_start_loc[row + 1] - static_cast<int64_t>(a.query_start_loc[row])) * group;
-      attend_tile<E>(a, row, item / tiles, first,
-                     static_cast<int>(min64(kMaxTile, queries - first)), scratch);
+      if (tile < group_tile) group = group_tile = 0;
+      while (tile >= group_tile + num_tiles(a, group)) group_tile += num_tiles(a, group++);
+      const int64_t first = (tile - group_tile) * kMaxTile;
+      const int64_t left = num_queries_of_group(a, group) - first;
+      attend_tile<E>(a, group, item / tiles, first, static_cast<int>(min64(kMaxTile, left)),
+                     scratch);
     }
   }
 }

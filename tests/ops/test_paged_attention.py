@@ -176,16 +176,53 @@ def test_threads_do_not_change_a_bit(seed: int, dtype: torch.dtype) -> None:
     assert torch.equal(one, three)
 
 
+# (prompt, response, queries). Of (300, 4, 5) one query stands in the prompt, which parts the group.
+SHARED = [(300, n, q) for n, q in ((5, 1), (16, 5), (17, 1), (33, 1), (40, 7), (9, 9), (41, 2))]
+
+
+@pytest.mark.parametrize("lens", [SHARED, [*SHARED[:3], (300, 4, 5), *SHARED[3:]], 3 * SHARED[:4]])
+@pytest.mark.parametrize("heads", [(3, 3), (6, 2), (40, 1)])
+@pytest.mark.parametrize("option", range(len(OPTIONS)))
+def test_rows_that_share_their_prompt(option: int, heads: tuple[int, int], lens: list) -> None:
+    dtype = (torch.float32, torch.bfloat16)[(option + heads[0]) % 2]
+    batch = make_batch(
+        lens, heads=heads, sizes=(64, 40), dtype=dtype, share_prompt=True, seed=option
+    )
+    options = resolve(OPTIONS[option], heads, option)
+    result = paged_attention(*batch.args, **batch.rows, **options)
+    exact = plain_batch(batch, torch.float64, **options)
+    plain, rounded = plain_batch(batch, dtype, **options), exact.to(dtype)
+    assert rms(result, exact) <= 2 * max(rms(plain, exact), rms(rounded, exact))
+
+
 @pytest.mark.parametrize("queries", [1, 5])
-def test_a_row_does_not_depend_on_its_neighbours(queries: int) -> None:
-    lens = [(300, n, queries) for n in (5, 16, 17, 33, 40, 41, 48, 60, 9, 11, 12, 13)]
-    batch = make_batch(lens, heads=(3, 1), sizes=(64, 64), share_prompt=True, seed=3)
-    together = paged_attention(*batch.args, **batch.rows, scale=0.2)
-    for i, alone_query in enumerate(batch.queries()):
-        rows = {name: value[i : i + 1] for name, value in batch.rows.items()}
-        rows["query_start_loc"] = torch.tensor([0, queries], dtype=torch.int32)
-        alone = paged_attention(alone_query, *batch.args[1:], **rows, scale=0.2)
-        assert torch.equal(alone, together[i * queries : (i + 1) * queries])
+def test_a_row_does_not_depend_on_other_requests(queries: int) -> None:
+    """Rows with one prompt are computed together, and round together; others change no bit."""
+    lens = [(300, n, queries) for n in (5, 16, 17, 33, 40, 41)]
+    requests = [
+        make_batch(lens, heads=(3, 1), sizes=(64, 64), share_prompt=True, seed=i) for i in (3, 4)
+    ]
+    first, second = requests
+    num_blocks = first.key_pool.shape[0]
+    rows = {name: torch.cat([first.rows[name], second.rows[name]]) for name in first.rows}
+    rows["block_table"] = torch.cat(
+        [
+            first.rows["block_table"].clamp(0, num_blocks - 1),
+            second.rows["block_table"].clamp(0, num_blocks - 1) + num_blocks,
+        ]
+    )
+    rows["query_start_loc"] = torch.arange(13, dtype=torch.int32) * queries
+    together = paged_attention(
+        *(torch.cat(pair) for pair in zip(first.args, second.args, strict=True)), **rows, scale=0.2
+    )
+    for request, part in zip(requests, together.chunk(2), strict=True):
+        assert torch.equal(paged_attention(*request.args, **request.rows, scale=0.2), part)
+        by_row = zip(request.queries(), part.split(queries), strict=True)
+        for i, (query, output) in enumerate(by_row):
+            row = {name: value[i : i + 1] for name, value in request.rows.items()}
+            row["query_start_loc"] = torch.tensor([0, queries], dtype=torch.int32)
+            alone = paged_attention(query, *request.args[1:], **row, scale=0.2)
+            torch.testing.assert_close(alone, output, rtol=1e-5, atol=1e-6)
 
 
 def test_queries_may_be_strided() -> None:
@@ -290,7 +327,7 @@ def test_other_instruction_sets(isa: str) -> None:
     if chosen.stdout.strip() == _C.cpu_isa():
         pytest.skip(f"{isa} is what the tests above ran on")
     assert chosen.stdout.strip() == isa, chosen.stderr
-    tests = "plain_pytorch or threads or neighbours or overflow"
+    tests = "plain_pytorch or threads or requests or overflow or share"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", tests, str(Path(__file__))]
     run = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
