@@ -79,7 +79,7 @@ def test_prompts_from_stdin_as_text(folders, capsys, monkeypatch) -> None:
         (["--max-tokens", "0", "--prompt", "x"], EXIT_USAGE, "max_tokens must be"),
         (["--max-tokens", "3", "--prompt", "x", "--method", "eft"], EXIT_USAGE, "needs tuned"),
         (["--max-tokens", "300", "--prompt", "x"], EXIT_FAILED, "positions of base"),
-        (["--max-tokens", "3", "--file", "absent.txt"], EXIT_FAILED, "absent.txt"),
+        (["--max-tokens", "3", "--file", "absent.txt"], EXIT_USAGE, "absent.txt"),
     ],
 )
 def test_refusals(folders, capsys, options, code, message) -> None:
