@@ -19,7 +19,7 @@ from ivg_fast.rendering import PromptInput
 from ivg_fast.request import GUIDES, ROLES
 from ivg_fast.response_scorer import ResponseScorer
 
-_DESCRIPTION = """Score given responses with a value function, as the last selection of a search would.
+_DESCRIPTION = """Score given responses with a value function, as a search scores its own.
 
 Reads JSON lines {"prompt", "response"} and writes them back with a "score":
   --tuned T --untuned U       implicit: sum of log tuned - log untuned over the response
