@@ -7,6 +7,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from transformers.utils.logging import disable_progress_bar
+
 from ivg_fast.cli import generate, info, score
 from ivg_fast.errors import InvalidParameterError, IVGError
 from ivg_fast.training import cli as training
@@ -38,6 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; 0: done, 1: something failed, 2: it was asked wrongly."""
     arguments = build_parser().parse_args(argv)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # of loading weights
     if arguments.command == "train":
         return training.run(arguments)
     try:

@@ -7,6 +7,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 from transformers.utils.hub import cached_file
 
 from ivg_fast.errors import InvalidParameterError
@@ -53,15 +59,29 @@ def _check(role: str, name: str, places: Mapping[str, Any]) -> None:
         return
     if os.path.exists(name) or _is_path(name):
         raise InvalidParameterError(role, name, "must be a folder: there is none")
+    if any(_is_cached(name, config, places) for config in _CONFIGS):
+        return
     for config in _CONFIGS:
         try:
             if cached_file(name, config, **places) is not None:
                 return
-        except (OSError, ValueError):
-            continue
+        except (OSError, ValueError) as error:
+            cause = error.__cause__
+            is_missing = isinstance(cause, EntryNotFoundError)
+            if not is_missing or isinstance(cause, LocalEntryNotFoundError):
+                break  # not this file is missing: the repository is, or the way to it
     raise InvalidParameterError(
         role, name, "must be a folder or the name of a repository that can be had; it is neither"
     )
+
+
+def _is_cached(name: str, config: str, places: Mapping[str, Any]) -> bool:
+    file = "/".join(part for part in (places.get("subfolder"), config) if part)
+    where = {key: places[key] for key in ("cache_dir", "revision") if places.get(key) is not None}
+    try:
+        return isinstance(try_to_load_from_cache(name, file, **where), str)
+    except HFValidationError:
+        return False
 
 
 def _is_path(name: str) -> bool:
