@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ivg_fast.errors import CapacityError, InvalidParameterError, IVGError, ScorerError
+from ivg_fast.models import support
 from ivg_fast.models.batch import BLOCK_SIZE, ForwardBatch
 from ivg_fast.models.checkpoints import check_checkpoints, check_pair
 from ivg_fast.models.loading import kwargs_of, load_model, load_tokenizer
@@ -77,6 +78,9 @@ class ResponseScorer:
         try:
             for role, model in (("tuned", tuned), ("untuned", untuned), ("value", value)):
                 if model is not None:
+                    if not isinstance(model, nn.Module):
+                        raise InvalidParameterError(role, model, "must be a torch module")
+                    support.check_on_cpu(model, role)
                     model = as_value_model(model) if role == "value" else model
                     self._runners[role] = ModelRunner(model, role=role)
             sizes = [runner.vocab_size for runner in self._runners.values()]

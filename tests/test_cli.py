@@ -102,6 +102,15 @@ def test_refusals(folders, capsys, options, code, message) -> None:
     assert not captured.out
 
 
+def test_json_lines_from_stdin(folders, capsys, monkeypatch) -> None:
+    lines = ['{"prompt": "one"}', '"two\u2028three"', '{"prompt": [1, 2]}', ""]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    command = ["generate", "--base", str(folders["base"]), "--max-tokens", "3", "--num-blocks"]
+    assert main([*command, "50", "--input-format", "jsonl", "--format", "jsonl"]) == EXIT_OK
+    got = [record["prompt"] for record in _records(capsys)]
+    assert got == ["one", "two\u2028three", None]
+
+
 def test_bad_lines_are_named(folders, capsys, tmp_path) -> None:
     file = tmp_path / "bad.jsonl"
     file.write_text('{"prompt": "x"}\n{"text": "y"}\n', "utf-8")

@@ -87,7 +87,7 @@ class Oracle:
 @pytest.mark.parametrize("shape", ["gpt2", "llama", "gemma2"])
 def test_every_value_function(value: str, shape: str) -> None:
     given = Family(shape, seed=SEED, value=value)
-    prompts, responses, ends = texts(12)
+    prompts, responses, ends = texts(8)
     oracle = Oracle(given)
     with scorer_of(given, max_batch_tokens=100) as scorer:
         for kind in ("implicit", "explicit") if value == "vocabulary" else ("explicit",):
@@ -216,6 +216,10 @@ def test_limits_and_missing_parts() -> None:
     roles = given.roles()
     with pytest.raises(InvalidParameterError, match="untuned must be given too"):
         ResponseScorer(tuned=roles["tuned"])
+    with pytest.raises(InvalidParameterError, match="tuned must be a torch module, got 'tuned'"):
+        ResponseScorer(tuned="tuned", untuned="untuned")
+    with pytest.raises(InvalidParameterError, match="tuned must be on the CPU, got 'meta'"):
+        ResponseScorer(tuned=tiny_model("gpt2").to("meta"), untuned=roles["untuned"])
     with pytest.raises(InvalidParameterError, match="value must be a model or a ValueFunction"):
         ResponseScorer(value=3)
     with pytest.raises(InvalidParameterError, match="max_batch_tokens must be positive, got 0"):

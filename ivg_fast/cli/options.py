@@ -41,8 +41,8 @@ def add_models(parser: argparse.ArgumentParser, base_help: str | None = None) ->
         action="append",
         default=[],
         metavar="[ROLE=]TEMPLATE",
-        help="how a role, or every role, writes a prompt: a text with {raw} in it, or one of "
-        + ", ".join(TEMPLATES),
+        help="how a role, or every role, writes a prompt: a text with {raw} in it (\\n is a line "
+        "end), or one of " + ", ".join(TEMPLATES),
     )
 
 

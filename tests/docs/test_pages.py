@@ -47,10 +47,25 @@ def fault(command: str) -> str | None:
         unknown = [word for word in words[1:] if "=" not in word and word not in targets]
         return f"no such target: {unknown}" if unknown else None
     if words[:2] == ["python", "-m"]:
-        return None if importlib.util.find_spec(words[2]) else f"no module {words[2]}"
+        return _module(words[2], words[3:])
     if words[0] == "ivg-fast":
         return _parse(words[1:])
     return None if words[0] == "pip" else f"unknown command {words[0]}"
+
+
+def _module(name: str, words: list[str]) -> str | None:
+    """A module's options are looked for in its package, where they are spelt or made of fields."""
+    if not importlib.util.find_spec(name):
+        return f"no module {name}"
+    package = (ROOT / name.split(".")[0]).rglob("*.py")
+    text = "".join(path.read_text("utf-8") for path in package)
+    if name == "bench":
+        known = set(re.findall(r'^    "(\w+)": "', (ROOT / "bench/__main__.py").read_text(), re.M))
+        if words and words[0] != "NAME" and words[0] not in known:
+            return f"no bench {words[0]}"
+    options = [word.strip("[]") for word in words if word.strip("[").startswith("--")]
+    unknown = [option for option in options if f'"{option}"' not in text]
+    return f"no options {unknown}" if unknown else None
 
 
 def _parse(words: list[str]) -> str | None:
@@ -87,9 +102,17 @@ def test_the_check_of_commands_sees_wrong_ones() -> None:
     page = (
         "```sh\nmake demo   # yes\nmake tea\nivg-fast generate --base B \\\n  --beams 4\n```\n"
         "Run `ivg-fast score --value V` or `ivg-fast scores`.\n\n    python -m bench.nothing --x\n"
+        "\n    python -m bench e2e --quick --slow\n\n    python -m bench oops\n"
     )
     wrong = [command for command in commands(page) if fault(command)]
-    assert [command.split()[1] for command in wrong] == ["tea", "generate", "-m", "scores"]
+    assert [command.split()[1] for command in wrong] == [
+        "tea",
+        "generate",
+        "-m",
+        "-m",
+        "-m",
+        "scores",
+    ]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=IDS)
