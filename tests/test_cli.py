@@ -145,7 +145,7 @@ def test_info(capsys) -> None:
 
 
 def _records(capsys) -> list[dict]:
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
 
 
 def _write(path: Path, records: list) -> str:
