@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engine_cases import VALUES, Family, NaiveTextValue, fresh_seed, pair_tokenizer
 from naive_search import NaiveModels
+from test_value_functions import save_value
 from tiny_models import tiny_model
 
 from ivg_fast import (
@@ -261,3 +263,27 @@ def test_beside_an_engine_with_the_same_models() -> None:
         (second,) = engine.generate("!!", params)
     assert got == pytest.approx([c.score for c in first.outputs], abs=1e-4)
     assert [c.token_ids for c in first.outputs] == [c.token_ids for c in second.outputs]
+
+
+@pytest.mark.parametrize("value", ["scalar text", "scalar", "vocabulary"])
+@pytest.mark.parametrize("has_base", [True, False])
+def test_folders(tmp_path: Path, value: str, has_base: bool) -> None:
+    """A value of another tokenizer than the base's scores texts, as in an engine."""
+    given = Family("llama", seed=SEED, value=value)
+    roles = given.roles()
+    for role in ("base", "tuned", "untuned"):
+        roles[role].save_pretrained(tmp_path / role)
+        given.tokenizer().save_pretrained(tmp_path / role)
+    save_value(roles["value"], tmp_path / "value")
+    own = pair_tokenizer() if "text" in value else given.tokenizer()
+    own.save_pretrained(tmp_path / "value")
+    prompts, responses, ends = texts(5)
+    oracle = Oracle(given)
+    paths = {role: tmp_path / role for role in ("tuned", "untuned", "value")}
+    if has_base:
+        paths["base"] = tmp_path / "base"
+    with ResponseScorer.from_pretrained(**paths) as scorer:
+        for kind in ("explicit", "implicit"):
+            got = scorer.score(prompts, responses, kind, ends_text=ends)
+            wanted = [oracle(*item, kind) for item in zip(prompts, responses, ends, strict=True)]
+            assert got == pytest.approx(wanted, abs=1e-4, rel=1e-5), f"seed {SEED}"
