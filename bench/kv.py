@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bench.harness import Call
 from bench.run import OURS, Run, parser_of
-from ivg_fast.ops.kv_cache import BLOCK_SIZE, BlockCopier, write_kv
+from ivg_fast.ops.block_copy import BlockCopier
+from ivg_fast.ops.kv_cache import BLOCK_SIZE, write_kv
 
 HEADS, HEAD_SIZE, LAYERS = 8, 64, 4
 NUM_BLOCKS = 1024

@@ -21,6 +21,7 @@ from ivg_fast.models.values import ValueFunction
 from ivg_fast.outputs import CandidateOutput, RequestOutput, SearchStats
 from ivg_fast.params import EngineConfig, ScoreInput, SearchParams
 from ivg_fast.rendering import Prompt
+from ivg_fast.response_scorer import ResponseScorer
 from ivg_fast.templates import TEMPLATES, Preset, Template, preset
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ __all__ = [
     "Prompt",
     "QueueFullError",
     "RequestOutput",
+    "ResponseScorer",
     "ScalarHeadModel",
     "ScoreInput",
     "ScorerError",

@@ -14,14 +14,11 @@ from tqdm import tqdm
 
 from ivg_fast import _C
 from ivg_fast.burst import BurstRunner
-from ivg_fast.errors import (
-    InvalidParameterError,
-    IVGError,
-    VocabularyMismatchError,
-)
+from ivg_fast.errors import InvalidParameterError, IVGError, VocabularyMismatchError
 from ivg_fast.kv_budget import affordable_blocks
 from ivg_fast.loop import Ended, RequestLoop
 from ivg_fast.models import support
+from ivg_fast.models.checkpoints import check_checkpoints, check_pair
 from ivg_fast.models.loading import kwargs_of, load_model, load_tokenizer
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.text_value import TextValueModel, load_value
@@ -86,11 +83,7 @@ class Engine:
         of_value = value.tokenizer if isinstance(value, TextValueModel) else None
         self._tokenizers = tokenizers_by_role(tokenizer, tokenizers, of_value)
         self._renderer = PromptRenderer(self._tokenizers, templates)
-        if (tuned is None) != (untuned is None):
-            missing = "tuned" if tuned is None else "untuned"
-            raise InvalidParameterError(
-                missing, None, "must be given too: the implicit value is a pair"
-            )
+        check_pair(tuned, untuned)
         self._value = ExplicitValue()
         if value is not None and not isinstance(value, nn.Module):
             if not callable(value):
@@ -146,13 +139,16 @@ class Engine:
 
         Raises:
             As the constructor; OSError or InvalidParameterError where a checkpoint cannot be read.
+            Whether all of them are there is checked before the first one is loaded.
         """
         if torch.device(device or "cpu").type != "cpu":
             raise InvalidParameterError("device", str(device), "must be the CPU")
+        paths = dict(zip(ROLES, (base, tuned, untuned, value), strict=True))
+        check_checkpoints(paths, model_kwargs)
         tokenizer = load_tokenizer(base, kwargs_of("base", model_kwargs))
         models: dict[str, Any] = dict.fromkeys(ROLES)
         tokenizers = {}
-        for role, path in zip(ROLES, (base, tuned, untuned, value), strict=True):
+        for role, path in paths.items():
             if path is None:
                 continue
             if role == "value":
@@ -271,7 +267,8 @@ class Engine:
         Raises:
             IVGError: bad input is refused before anything runs.
             Exception: a request failed while it ran. The others finish first; `outputs` of the
-                error, whatever its type, holds what they returned, None for those that failed.
+                error, whatever its type, holds what they returned, None for those that failed,
+                and `failures` what each of these failed with, by index.
         """
         self._check_usable()
         requests = self._factory.create(as_prompt_list(prompts), params, seeds)
@@ -301,7 +298,8 @@ class Engine:
         if failures:
             index, error = min(failures, key=lambda failure: failure[0])
             error.add_note(f"prompt {index} of {len(requests)} failed")
-            vars(error)["outputs"] = [outputs.get(i) for i in range(len(requests))]
+            every = [outputs.get(i) for i in range(len(requests))]
+            vars(error).update(outputs=every, failures=dict(failures))
             raise error
         return [outputs[i] for i in range(len(requests))]
 

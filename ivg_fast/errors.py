@@ -12,9 +12,11 @@ class IVGError(Exception):
     Attributes:
         outputs: where Engine.generate raised it, what the other prompts returned, None for failed
             ones.
+        failures: there too, what each failed prompt failed with, by its index.
     """
 
     outputs: list[Any] | None = None
+    failures: dict[int, BaseException] | None = None
 
 
 class InvalidParameterError(IVGError, ValueError):

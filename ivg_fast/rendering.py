@@ -241,10 +241,10 @@ def _frozen(name: str, content: Any) -> Content:
         raise InvalidParameterError(name, content, _WANTED)
     if len(content) and all(isinstance(item, Mapping) for item in content):
         return tuple(dict(message) for message in content)
-    return tuple(_token_id(name, token) for token in content)
+    return tuple(checked_token_id(name, token) for token in content)
 
 
-def _token_id(name: str, token: Any) -> int:
+def checked_token_id(name: str, token: Any) -> int:
     is_integer = isinstance(token, int | np.integer) and not isinstance(token, bool)
     if not is_integer or abs(token) >= 2**63:
         raise InvalidParameterError(name, token, _WANTED)

@@ -175,6 +175,8 @@ _PRESETS = {
     ),
 }
 
+PRESET_NAMES = tuple(_PRESETS)
+
 
 def preset(name: str, *, base: str | None = None) -> Preset:
     """The settings of one experiment of the paper.

@@ -3,16 +3,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ivg_fast import _C, Engine, EngineConfig, SearchParams
-from ivg_fast.cli import EXIT_FAILED, EXIT_OK, EXIT_USAGE, main
+from ivg_fast import (
+    _C,
+    Engine,
+    EngineConfig,
+    InvalidParameterError,
+    Prompt,
+    ResponseScorer,
+    SearchParams,
+    Template,
+)
+from ivg_fast.cli import EXIT_FAILED, EXIT_OK, EXIT_USAGE, build_parser, main
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +91,7 @@ def test_prompts_from_stdin_as_text(folders, capsys, monkeypatch) -> None:
         (["--max-tokens", "0", "--prompt", "x"], EXIT_USAGE, "max_tokens must be"),
         (["--max-tokens", "3", "--prompt", "x", "--method", "eft"], EXIT_USAGE, "needs tuned"),
         (["--max-tokens", "300", "--prompt", "x"], EXIT_FAILED, "positions of base"),
-        (["--max-tokens", "3", "--file", "absent.txt"], EXIT_FAILED, "absent.txt"),
+        (["--max-tokens", "3", "--file", "absent.txt"], EXIT_USAGE, "absent.txt"),
     ],
 )
 def test_refusals(folders, capsys, options, code, message) -> None:
@@ -88,6 +100,15 @@ def test_refusals(folders, capsys, options, code, message) -> None:
     captured = capsys.readouterr()
     assert message in captured.err
     assert not captured.out
+
+
+def test_json_lines_from_stdin(folders, capsys, monkeypatch) -> None:
+    lines = ['{"prompt": "one"}', '"two\u2028three"', '{"prompt": [1, 2]}', ""]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    command = ["generate", "--base", str(folders["base"]), "--max-tokens", "3", "--num-blocks"]
+    assert main([*command, "50", "--input-format", "jsonl", "--format", "jsonl"]) == EXIT_OK
+    got = [record["prompt"] for record in _records(capsys)]
+    assert got == ["one", "two\u2028three", None]
 
 
 def test_bad_lines_are_named(folders, capsys, tmp_path) -> None:
@@ -121,3 +142,213 @@ def test_info(capsys) -> None:
     is_built = rows["CUDA kernels"].startswith("built for sm_80")
     assert is_built == _C.cuda_built
     assert ("copies of blocks by cuda" in rows["GPU"]) == is_built
+
+
+def _records(capsys) -> list[dict]:
+    return [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
+
+
+def _write(path: Path, records: list) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    return str(path)
+
+
+def test_prompts_of_every_form_with_seeds(folders, capsys, tmp_path) -> None:
+    messages = [{"role": "user", "content": "the cat"}]
+    prompts = ["the cat", messages, [1, 2, 3], {"raw": "the cat", "tuned": [4, 5]}]
+    lines = [{"prompt": prompt, "seed": seed} for seed, prompt in enumerate(prompts)]
+    file = _write(tmp_path / "prompts.jsonl", lines)
+    options = shlex.split("--method eft --max-tokens 5 --format jsonl --logprobs --num-blocks 99")
+    command = ["generate", *_models(folders)[:6], "--file", file, "--template", "<{raw}>"]
+    assert main([*command, *options]) == EXIT_OK
+    got = _records(capsys)
+    paths = [folders[role] for role in ("base", "tuned", "untuned")]
+    templates = dict.fromkeys(("base", "tuned", "untuned"), Template("<{raw}>"))
+    config = EngineConfig(num_blocks=99)
+    with Engine.from_pretrained(*paths, templates=templates, config=config) as engine:
+        inputs = [*prompts[:3], Prompt(raw="the cat", tuned=[4, 5])]
+        params = SearchParams.eft(max_tokens=5, logprobs=True)
+        expected = engine.generate(inputs, params, seeds=range(4))
+    assert got == [json.loads(json.dumps(dataclasses.asdict(o))) for o in expected]
+    assert got[0]["prompt"] == "<the cat>"
+
+
+def test_a_failing_request_leaves_the_others(folders, capsys, tmp_path, monkeypatch) -> None:
+    (tmp_path / "scorers_of_mine.py").write_text(
+        "def picky(inputs):\n    return [1 / (item.prompt != 'bad') for item in inputs]\n",
+        "utf-8",
+    )
+    monkeypatch.chdir(tmp_path)
+    command = ["generate", "--base", str(folders["base"]), "--num-blocks", "99", "--method", "cbs"]
+    command += ["--max-tokens", "4", "--scorer", "scorers_of_mine:picky", "--format", "jsonl"]
+    prompts = [word for text in ("good", "bad", "fine", "bad") for word in ("--prompt", text)]
+    assert main([*command, *prompts]) == EXIT_FAILED
+    captured = capsys.readouterr()
+    lines = [json.loads(line) for line in captured.out.splitlines()]
+    assert [line["prompt"] for line in lines] == ["good", "bad", "fine", "bad"]
+    assert lines[0]["outputs"][0]["score"] == lines[2]["outputs"][0]["score"] == 1.0
+    for line in (lines[1], lines[3]):
+        assert "ScorerError: scorer picky raised ZeroDivisionError" in line["error"]
+    assert captured.err.count("'bad'") == 2
+
+
+@pytest.mark.parametrize("missing", ["base", "tuned", "untuned", "value"])
+@pytest.mark.parametrize("name", ["no/such/folder", "no-such-model", "./here"])
+def test_a_missing_model_is_named_before_any_is_loaded(
+    folders, capsys, monkeypatch, missing: str, name: str
+) -> None:
+    def load(*_args, **_kwargs) -> None:
+        raise AssertionError("nothing may be loaded")
+
+    monkeypatch.setattr("ivg_fast.engine.load_model", load)
+    monkeypatch.setattr("ivg_fast.engine.load_tokenizer", load)
+    paths = {**folders, missing: name}
+    command = ["generate", *_models(paths), "--max-tokens", "3", "--prompt", "x"]
+    assert main(command) == EXIT_USAGE
+    message = capsys.readouterr().err
+    assert message.startswith(f"ivg-fast: {missing} must be a folder")
+    assert repr(name) in message
+    assert "huggingface" not in message.lower()
+    with pytest.raises(InvalidParameterError, match=f"^{missing} must be a folder"):
+        Engine.from_pretrained(*paths.values())
+
+
+def test_a_folder_without_a_model(folders, tmp_path) -> None:
+    with pytest.raises(InvalidParameterError, match=r"tuned must be a model: no config\.json"):
+        Engine.from_pretrained(folders["base"], tmp_path, folders["untuned"])
+    with pytest.raises(InvalidParameterError, match="untuned must be given too"):
+        Engine.from_pretrained("no-such-model", folders["tuned"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "x"], "max_tokens must be given"),
+        (["--max-tokens", "3", "--prompt", "x", "--file", "y"], "must stand without --file"),
+        (
+            ["--max-tokens", "3", "--prompt", "x", "--template", "alpaca"],
+            "template must have {raw}",
+        ),
+        (["--max-tokens", "3", "--prompt", "x", "--scorer", "no:where"], "scorer must be one of"),
+        (
+            ["--max-tokens", "3", "--prompt", "x", "--scorer", "math:pi"],
+            "scorer must name a callab",
+        ),
+        (["--max-tokens", "3", "--prompt", "x", "--scorer", "explicit"], "needs value (--value)"),
+        (["--preset", "imdb", "--prompt", "x"], "tuned must be a folder or the name of a"),
+        (["--preset", "tulu", "--max-tokens", "0", "--prompt", "x"], "max_tokens must be"),
+    ],
+)
+def test_wrong_questions(folders, capsys, options, message) -> None:
+    assert main(["generate", "--base", str(folders["base"]), *options]) == EXIT_USAGE
+    assert message in capsys.readouterr().err
+
+
+def test_a_preset_with_models_of_ones_own(folders, capsys) -> None:
+    command = ["generate", *_models(folders), "--preset", "imdb", "--num-blocks", "300"]
+    options = ["--max-tokens", "7", "--format", "jsonl", "--no-ignore-eos", "--seed", "5"]
+    assert main([*command, *options, "--prompt", "good"]) == EXIT_OK
+    (line,) = _records(capsys)
+    assert line["prompt"] == "Here is a movie review from imdb: good"
+    assert line["stats"]["num_selections"] == 2
+    command = ["generate", *_models(folders), "--preset", "tulu", "--num-blocks", "300"]
+    assert main([*command, "--template", "raw", "--prompt", "x" * 3000]) == EXIT_USAGE
+    assert "must be shorter than the preset's 2048 tokens" in capsys.readouterr().err
+
+
+def test_score(folders, capsys, tmp_path, monkeypatch) -> None:
+    records = [
+        {"prompt": "the cat", "response": " sat", "id": 7},
+        {"prompt": [1, 2, 3], "response": [4, 5]},
+        {"prompt": {"raw": "a", "tuned": "b"}, "response": "xyz", "ends_text": True},
+    ]
+    file = _write(tmp_path / "responses.jsonl", records)
+    pair = _models(folders)[2:6]
+    value = ["--value", str(folders["value"]), "--base", str(folders["base"])]
+    (tmp_path / "scorers_of_mine.py").write_text(
+        "def length(inputs):\n    return [len(item.response) for item in inputs]\n", "utf-8"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "scorers_of_mine", raising=False)
+    prompts = ["the cat", [1, 2, 3], Prompt(raw="a", tuned="b")]
+    responses = [record["response"] for record in records]
+    paths = [None, folders["tuned"], folders["untuned"], folders["value"]]
+    with ResponseScorer.from_pretrained(*paths) as scorer:
+        for options, kind in ((pair, "implicit"), (value, "explicit")):
+            assert main(["score", *options, "--file", file]) == EXIT_OK
+            got = _records(capsys)
+            wanted = scorer.score(prompts, responses, kind, ends_text=[False, False, True])
+            assert [line.pop("score") for line in got] == pytest.approx(wanted, abs=1e-6)
+            assert got == records, "a line is written back as it came"
+    own = ["--scorer", "scorers_of_mine:length"]
+    assert main(["score", *own, "--base", str(folders["base"]), "--file", file]) == EXIT_OK
+    assert [line["score"] for line in _records(capsys)][::2] == [4.0, 3.0]
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(records[0]) + "\n"))
+    assert main(["score", *own]) == EXIT_OK
+    assert _records(capsys) == [{**records[0], "score": 4.0}]
+
+
+def test_score_goes_on_past_what_cannot_be_scored(folders, capsys, tmp_path) -> None:
+    lines = [{"prompt": "x", "response": r} for r in ("ok", "", [5000], "y" * 400, "fine")]
+    file = _write(tmp_path / "responses.jsonl", lines)
+    models = [*_models(folders)[:2], *_models(folders)[6:]]
+    assert main(["score", *models, "--file", file]) == EXIT_FAILED
+    captured = capsys.readouterr()
+    got = [json.loads(line) for line in captured.out.splitlines()]
+    assert ["score" in line for line in got] == [True, False, False, False, True]
+    assert "responses must have a token" in got[1]["error"]
+    assert "CapacityError" in got[3]["error"]
+    assert f"{file}:3" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("options", "line", "message"),
+    [
+        ([], '{"prompt": "x", "response": "y"}', "a model must be given"),
+        (["--tuned"], '{"prompt": "x", "response": "y"}', "untuned"),
+        (["--tuned", "--untuned", "--value"], "{}", "which of both is meant"),
+        (["--value", "--scorer", "none"], "{}", "must be one that scores"),
+        (["--value", "--scorer", "implicit"], '{"prompt": "x", "response": ""}', "needs tuned and"),
+        (["--value"], '{"prompt": "x"}', "'response'"),
+        (["--value"], '{"prompt": 3, "response": "y"}', "'prompt'"),
+        (["--value"], '{"prompt": {"role": "x"}, "response": "y"}', "not role"),
+        (["--value"], '{"prompt": "x", "response": "y", "ends_text": 1}', "'ends_text'"),
+        (["--value"], "{", "must be JSON"),
+        (["--value"], "", "there is none"),
+    ],
+)
+def test_score_refuses(folders, capsys, monkeypatch, options, line, message) -> None:
+    words = []
+    for option in options:
+        words.append(option)
+        if option[2:] in folders:
+            words.append(str(folders[option[2:]]))
+    monkeypatch.setattr("sys.stdin", io.StringIO(line))
+    assert main(["score", *words]) == EXIT_USAGE
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert not captured.out
+
+
+@pytest.mark.parametrize("cls", [SearchParams, EngineConfig])
+def test_every_field_is_an_option(cls: type, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(cls):
+        assert f"--{field.name.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize("command", [["generate"], ["score"], []])
+def test_help_has_examples_that_parse(command: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    if command:
+        lines = text[text.index("examples:") :].replace("\\\n", " ").splitlines()
+        found = [line for line in lines if "ivg-fast " in line]
+        examples = [line[line.index("ivg-fast ") :] for line in found if line.startswith("    ")]
+        assert len(examples) > 2
+        for example in examples:
+            build_parser().parse_args(shlex.split(example.split(" > ")[0])[1:])

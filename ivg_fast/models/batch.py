@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,4 +78,48 @@ class ForwardBatch:
             response_block_start=tensor(response_block_start, np.int32),
             block_table=tensor(block_table, np.int32),
             logit_positions=tensor(logit_positions, np.int64).to(device),
+        )
+
+    @classmethod
+    def of_texts(
+        cls,
+        texts: Sequence[Sequence[int]],
+        tables: Sequence[Sequence[int]],
+        num_cached: Sequence[int] | None = None,
+        num_wanted: Sequence[int] | None = None,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> ForwardBatch:
+        """Texts that are all prompt, each in blocks of its own from its first token on.
+
+        Args:
+            texts: token ids of each.
+            tables: its block ids.
+            num_cached: how many of its first tokens have been written before; None: none.
+            num_wanted: how many of its last tokens' outputs are wanted; None: one.
+        """
+        table = np.zeros((len(texts), max(map(len, tables))), np.int32)
+        ids, positions, slots, wanted = [], [], [], []
+        end = 0
+        for i, (line, text, blocks) in enumerate(zip(table, texts, tables, strict=True)):
+            first = 0 if num_cached is None else num_cached[i]
+            line[: len(blocks)] = blocks
+            position = np.arange(first, len(text))
+            ids.append(np.asarray(text[first:], np.int64))
+            positions.append(position)
+            slots.append(line[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
+            end += len(position)
+            wanted.append(np.arange(end - (1 if num_wanted is None else num_wanted[i]), end))
+        lengths = np.array([len(text) for text in texts])
+        return cls.from_host(
+            input_ids=np.concatenate(ids),
+            position_ids=np.concatenate(positions),
+            slot_mapping=np.concatenate(slots),
+            query_start_loc=np.cumsum([0, *map(len, ids)]),
+            prompt_lens=lengths,
+            response_lens=np.zeros(len(texts), np.int32),
+            response_block_start=-(-lengths // BLOCK_SIZE),
+            block_table=table,
+            logit_positions=np.concatenate(wanted),
+            device=device,
         )

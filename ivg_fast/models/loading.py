@@ -30,7 +30,7 @@ _OWN_KWARGS = {
     "device_map",
 }
 # Which files of a repository are meant: also the tokenizer's.
-_PLACE_KWARGS = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
+PLACE_KWARGS = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
 
 
 def load_model(
@@ -129,7 +129,7 @@ def load_tokenizer(
         OSError: nothing there at all.
     """
     name = _tokenizer_home(os.fspath(path))
-    places = {k: v for k, v in (model_kwargs or {}).items() if k in _PLACE_KWARGS}
+    places = {k: v for k, v in (model_kwargs or {}).items() if k in PLACE_KWARGS}
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **places)
     except ValueError as error:

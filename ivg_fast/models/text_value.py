@@ -17,7 +17,7 @@ from ivg_fast.errors import (
     IVGError,
     VocabularyMismatchError,
 )
-from ivg_fast.models.batch import BLOCK_SIZE, ForwardBatch
+from ivg_fast.models.batch import ForwardBatch
 from ivg_fast.models.loading import load_tokenizer
 from ivg_fast.models.prefix_cache import Placement, PrefixCache
 from ivg_fast.models.runner import ModelRunner
@@ -163,29 +163,13 @@ class TextValueModel:
         copies = [placement.copy for placement in placed if placement.copy]
         if copies:
             self._copy(np.array(copies, np.int32))
-        table = np.zeros((len(placed), max(len(p.table) for p in placed)), np.int32)
-        ids, positions, slots = [], [], []
-        for line, text, p in zip(table, texts, placed, strict=True):
-            line[: len(p.table)] = p.table
-            position = np.arange(p.num_cached, len(text))
-            ids.append(text[p.num_cached :])
-            positions.append(position)
-            slots.append(line[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
-        stops = np.cumsum([len(new) for new in ids])
-        ends = np.array([len(text) for text in texts])
-        batch = ForwardBatch.from_host(
-            input_ids=np.concatenate(ids),
-            position_ids=np.concatenate(positions),
-            slot_mapping=np.concatenate(slots),
-            query_start_loc=np.concatenate([[0], stops]),
-            prompt_lens=ends,
-            response_lens=np.zeros(len(texts), np.int32),
-            response_block_start=-(-ends // BLOCK_SIZE),
-            block_table=table,
-            logit_positions=stops - 1,
+        batch = ForwardBatch.of_texts(
+            texts,
+            [placement.table for placement in placed],
+            [placement.num_cached for placement in placed],
             device=self.runner.device,
         )
-        self.num_tokens_forwarded += int(stops[-1])
+        self.num_tokens_forwarded += batch.input_ids.shape[1]
         return self.runner.hidden(batch)
 
 

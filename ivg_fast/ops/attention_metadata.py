@@ -212,6 +212,7 @@ def _explain(
 
 
 def output_for(query: Tensor, value_pool: Tensor, out: Tensor | None) -> Tensor:
+    """`out` after a check of its shape and dtype, or a new tensor [T, Hq, Dv]."""
     shape = (query.shape[0], query.shape[1], value_pool.shape[3])
     if out is None:
         return query.new_empty(shape)

@@ -144,6 +144,7 @@ class BlockCopier:
 
 
 def pairs_array(pairs: Pairs) -> np.ndarray:
+    """Pairs of block ids (source, destination) as contiguous int32 [N, 2]."""
     if isinstance(pairs, Tensor) and not pairs.is_cpu:
         raise InvalidParameterError("pairs", str(pairs.device), "must be on the CPU")
     array = pairs.numpy() if isinstance(pairs, Tensor) else pairs

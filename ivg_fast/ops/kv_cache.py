@@ -28,6 +28,7 @@ def thread_count(num_threads: int | None) -> int:
 
 
 def check_pool(name: str, pool: Tensor) -> None:
+    """InvalidParameterError unless it is contiguous [num_blocks, num_kv_heads, 16, head_size]."""
     if pool.dim() != 4 or pool.shape[2] != BLOCK_SIZE or not pool.is_contiguous():
         raise InvalidParameterError(
             name,

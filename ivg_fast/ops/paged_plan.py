@@ -60,6 +60,7 @@ class WorkListOptions:
                 raise InvalidParameterError(name, value, "must be positive and below 2**31")
 
     def run_blocks_for(self, max_query_len: int) -> int:
+        """The most blocks in a split where the longest row has `max_query_len` queries."""
         if self.run_blocks is not None:
             return self.run_blocks
         return _LONG_RUN_BLOCKS if max_query_len > _LONG_QUERY else RUN_BLOCKS
