@@ -2,6 +2,8 @@
 """guided_sample in a decode loop of your own: three Hugging Face decoders with one vocabulary.
 
 python examples/op_in_your_decoder.py BASE TUNED UNTUNED "a prompt"
+
+The op runs where the logits are: its Triton kernels on a GPU, the C++ ones on the CPU.
 """
 
 import sys
@@ -32,6 +34,7 @@ def decode(models, input_ids, num_tokens, seed=0, **sampling):
 if __name__ == "__main__":
     *names, prompt = sys.argv[1:]
     tokenizer = AutoTokenizer.from_pretrained(names[0])
-    models = [AutoModelForCausalLM.from_pretrained(name).eval() for name in names]
-    prompt_ids = tokenizer(prompt, return_tensors="pt").input_ids
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    models = [AutoModelForCausalLM.from_pretrained(name).eval().to(device) for name in names]
+    prompt_ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
     print(tokenizer.decode(decode(models, prompt_ids, 50, temperature=0.7)[0]))
