@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run of the experiment: dev split, weights, main table, sweeps, times; each stage resumes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+
+import ivg_fast
+from bench.experiments.cells import Cell, CellResult, CellStore, decode
+from bench.experiments.families import Family, Prompts
+from bench.experiments.measures import base_measure, gold_measure, judge_measure, lexicon_measure
+from bench.experiments.methods import (
+    SAMPLING,
+    Method,
+    choose_weights,
+    main_methods,
+    search_sweep,
+    weight_methods,
+)
+from bench.experiments.statistics import distinct_n
+from bench.experiments.summary import (
+    Judges,
+    MethodResult,
+    differences,
+    measure_method,
+    order,
+    times,
+)
+from bench.harness import device_name
+from ivg_fast import Engine, EngineConfig
+from ivg_fast.request import ROLES
+from ivg_fast.training.records import write_jsonl
+
+DEV_SEED = 1000
+NUM_SAMPLES = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a run does; sizes in prompts. `judge` is a language model's folder, name or .gguf."""
+
+    num_prompts: int = 200
+    num_dev_prompts: int = 64
+    num_sweep_prompts: int = 48
+    num_timed_prompts: int = 16
+    seeds: tuple[int, ...] = (0, 1, 2)
+    weights: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    wide_weights: tuple[float, ...] = (1.5, 2.0, 3.0)
+    min_distinct: float = 0.9
+    judge: str | None = None
+    judge_name: str | None = None
+    num_judged: int = 200
+    batch_size: int = 50
+    num_threads: int = field(default_factory=torch.get_num_threads)
+    device: str | None = None
+    dtype: str = "auto"
+
+
+class Experiment:
+    """Stages over one folder. Engine and models load when something is missing."""
+
+    def __init__(
+        self, out: Path, family: Family, prompts: dict[str, Prompts], settings: Settings
+    ) -> None:
+        self.out, self.family, self.prompts, self.settings = out, family, prompts, settings
+        self.versions = {
+            "ivg_fast": ivg_fast.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        context = {
+            "family": family.describe(),
+            "versions": self.versions,
+            "device": settings.device or "cpu",
+            "dtype": settings.dtype,
+        }
+        self.cells = CellStore(out / "cells", context, settings.batch_size)
+        self._judges = Judges(
+            out / "measures",
+            gold_measure(family),
+            lexicon_measure(),
+            base_measure(family, SAMPLING["temperature"]),
+        )
+        self._judge = judge_measure(settings.judge) if settings.judge else None
+
+    @cached_property
+    def engine(self) -> Engine:
+        options: dict[str, Any] = {}
+        if self.family.templates:
+            options["templates"] = dict(self.family.templates)
+        return Engine.from_pretrained(
+            *(self.family.models[role] for role in ROLES),
+            device=self.settings.device,
+            dtype=self.settings.dtype,
+            config=EngineConfig(num_threads=self.settings.num_threads),
+            **options,
+        )
+
+    def close(self) -> None:
+        if "engine" in vars(self):
+            self.engine.close()
+            del self.engine
+
+    def decode(
+        self, methods: Sequence[Method], split: str, count: int, seeds: Sequence[int], what: str
+    ) -> list[list[CellResult]]:
+        """The cells of each method, one a seed; decodes what is missing."""
+        grid = [
+            [Cell(method, self.prompts[split], count, seed) for seed in seeds] for method in methods
+        ]
+        missing = sum(self.cells.missing(cell) for cells in grid for cell in cells)
+        with tqdm(total=missing, desc=what, unit="prompt", disable=not missing) as bar:
+            return [[self._cell(cell, bar) for cell in cells] for cells in grid]
+
+    def _cell(self, cell: Cell, bar: tqdm) -> CellResult:
+        if not self.cells.missing(cell):
+            return self.cells.load(cell)
+        bar.set_postfix_str(f"{cell.method.name}, seed {cell.seed}")
+        return self.cells.run(self.engine, cell, bar)
+
+    # --- stages ----------------------------------------------------------------------------------
+
+    def choose(self) -> dict[str, float]:
+        """Guidance weights, chosen on the dev prompts."""
+        s = self.settings
+        methods = weight_methods({*s.weights, *s.wide_weights})
+        cells = self.decode(methods, "dev", s.num_dev_prompts, [DEV_SEED], "dev")
+        rows = []
+        for method, (cell,) in zip(methods, cells, strict=True):
+            gold = self._judges.gold.rows(self._judges.folder, cell)
+            texts = [record["response"] for record in cell.records]
+            rows.append(
+                {
+                    "method": method.name,
+                    "weight": method.weight,
+                    "gold": float(np.mean(gold)),
+                    "distinct_2": distinct_n(texts, 2),
+                }
+            )
+        self._dev = rows
+        return choose_weights(rows, s.weights, s.min_distinct)
+
+    def main_table(self, chosen: dict[str, float]) -> dict[str, MethodResult]:
+        """Every method with every seed on the test prompts."""
+        s = self.settings
+        methods = main_methods(chosen)
+        cells = self.decode(methods, "test", s.num_prompts, s.seeds, "test")
+        judges = Judges(
+            *(getattr(self._judges, name) for name in ("folder", "gold", "lexicon", "base")),
+            self._judge,
+            min(s.num_judged, s.num_prompts),
+        )
+        results = {}
+        for method, own in tqdm(list(zip(methods, cells, strict=True)), desc="measure"):
+            results[method.name] = measure_method(method, own, judges, s.num_threads)
+        self._write_rows(results, cells)
+        return results
+
+    def weight_sweep(self) -> list[dict[str, Any]]:
+        """Each guided method over its weight: the dev prompts that chose it, in full."""
+        s = self.settings
+        methods = weight_methods({*s.weights, *s.wide_weights})
+        return self._sweep(methods, s.num_dev_prompts, "weights")
+
+    def search_sweep(self, ivg_weight: float) -> list[dict[str, Any]]:
+        """CBS(explicit) and IVG over W, K, L."""
+        return self._sweep(search_sweep(ivg_weight), self.settings.num_sweep_prompts, "W, K, L")
+
+    def _sweep(self, methods: Sequence[Method], count: int, what: str) -> list[dict[str, Any]]:
+        cells = self.decode(methods, "dev", count, [DEV_SEED], what)
+        rows = []
+        for method, own in zip(methods, cells, strict=True):
+            result = measure_method(method, own, self._judges, self.settings.num_threads)
+            rows.append({"method": method.name, "num_prompts": count, **result.figures})
+        return rows
+
+    def time(self, chosen: dict[str, float], rounds: int = 3) -> dict[str, Any]:
+        """Times alone, methods taking turns: the median round of each. Writes timing.json."""
+        count = self.settings.num_timed_prompts
+        cells = [Cell(m, self.prompts["test"], count, 0) for m in main_methods(chosen)]
+        prompts = self.prompts["test"].first(count)
+        batches: dict[str, list[dict[str, Any]]] = {cell.method.name: [] for cell in cells}
+        with tqdm(total=len(cells) * (rounds + 1), desc="times", unit="run") as bar:
+            for turn in range(rounds + 1):
+                for cell in cells:
+                    batch = decode(self.engine, cell, prompts, 0)
+                    bar.update()
+                    if turn:  # the first round warms up
+                        batches[cell.method.name].append(batch)
+        timing = {}
+        for name, own in batches.items():
+            middle = sorted(own, key=lambda batch: batch["seconds"])[rounds // 2]
+            timing[name] = times([middle], self.settings.num_threads)
+            timing[name]["is_loaded"] = times(own, self.settings.num_threads)["is_loaded"]
+            timing[name]["rounds"] = [batch["seconds"] / count for batch in own]
+            timing[name]["num_prompts"] = count
+        _write_json(self.out / "timing.json", timing)
+        return timing
+
+    # --- reports ---------------------------------------------------------------------------------
+
+    def summary(
+        self, chosen: dict[str, float], results: dict[str, MethodResult], command: str
+    ) -> dict[str, Any]:
+        """What is known so far, as JSON."""
+        s = self.settings
+        found = differences(results)
+        summary = {
+            "settings": {
+                "family": self.family.name,
+                "models": dict(self.family.models) if self.family.name != "bundled" else {},
+                "num_prompts": s.num_prompts,
+                "num_dev_prompts": s.num_dev_prompts,
+                "seeds": list(s.seeds),
+                "dev_seed": DEV_SEED,
+                "weights": list(s.weights),
+                "wide_weights": list(s.wide_weights),
+                "min_distinct": s.min_distinct,
+                "judge": s.judge_name,
+                "num_judged": s.num_judged,
+            },
+            "chosen_weights": chosen,
+            "dev": self._dev,
+            "methods": {name: result.figures for name, result in results.items()},
+            "differences": found,
+            "order": order(found),
+            "versions": self.versions,
+            "device": device_name(s.device or "cpu"),
+            "command": command,
+        }
+        timing = self.out / "timing.json"
+        if timing.exists():
+            summary["timing"] = json.loads(timing.read_text(encoding="utf-8"))
+        return summary
+
+    def _write_rows(
+        self, results: dict[str, MethodResult], cells: Sequence[Sequence[CellResult]]
+    ) -> None:
+        """per_prompt.csv, every reward; samples.jsonl, the first prompts with the first seed."""
+        samples = []
+        with (self.out / "per_prompt.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["method", "seed", "prompt", "gold", "lexicon"])
+            for (name, result), own in zip(results.items(), cells, strict=True):
+                for i, seed in enumerate(self.settings.seeds):
+                    pairs = zip(result.gold[i], result.lexicon[i], strict=True)
+                    for index, (gold, lexicon) in enumerate(pairs):
+                        writer.writerow([name, seed, index, f"{gold:.4f}", f"{lexicon:.4f}"])
+                for index, record in enumerate(own[0].records[:NUM_SAMPLES]):
+                    sample = {key: record[key] for key in ("prompt", "response")}
+                    gold = float(result.gold[0, index])
+                    samples.append({"method": name, **sample, "gold": gold})
+        write_jsonl(self.out / "samples.jsonl", samples)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def write_report(out: Path, summary: dict[str, Any]) -> None:
+    """summary.json, report.md and the plots."""
+    from bench.experiments.plots import draw
+    from bench.experiments.report import markdown
+
+    _write_json(out / "summary.json", summary)
+    (out / "report.md").write_text(markdown(summary), encoding="utf-8")
+    draw(summary, out)

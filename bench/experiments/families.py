@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an experiment runs on: models by role, their templates, the gold reward, prompts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from ivg_fast.assets import imdb_path
+from ivg_fast.errors import InvalidParameterError
+from ivg_fast.request import ROLES
+from ivg_fast.training.records import read_jsonl
+
+SPLITS = ("dev", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Models and gold reward: folders, or names on a hub.
+
+    Attributes:
+        name: what the results call it.
+        models: by role.
+        gold: an .npz of GoldReward, or a classifier of two labels (negative, positive).
+        templates: names of prompt templates by role; a role without one reads the raw prompt.
+    """
+
+    name: str
+    models: Mapping[str, str]
+    gold: str
+    templates: Mapping[str, str] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, object]:
+        """What of a family decides a response: weights and templates by role."""
+        return {
+            "models": {role: fingerprint(self.models[role]) for role in ROLES},
+            "templates": dict(sorted(self.templates.items())),
+        }
+
+
+def bundled() -> Family:
+    """The IMDB family that ships with the package."""
+    folder = imdb_path()
+    return Family(
+        "bundled", {role: str(folder / role) for role in ROLES}, str(folder / "gold_reward.npz")
+    )
+
+
+PAPER_BASES = ("gpt2-large", "gpt2", "gpt2-xl")
+
+
+def paper(base: str = PAPER_BASES[0]) -> Family:
+    """The models of the paper's controlled-sentiment experiment (arXiv 2409.17819), from a hub."""
+    return Family(
+        f"{base}, guided by the paper's gpt2-imdb models",
+        {
+            "base": base,
+            "tuned": "chadlzx/gpt2-imdb-dpo",
+            "untuned": "lvwerra/gpt2-imdb",
+            "value": "chadlzx/gpt2-imdb-token-rm",
+        },
+        "lvwerra/distilbert-imdb",
+        {"base": "imdb"},
+    )
+
+
+def fingerprint(source: str) -> str:
+    """Tells checkpoints apart: a hash of a folder's or file's content, or the hub's commit."""
+    path = Path(source)
+    if path.is_dir():
+        files = sorted([*path.glob("*.safetensors"), *path.glob("*.json")])
+    elif path.is_file():
+        files = [path]
+    else:
+        commit = getattr(AutoConfig.from_pretrained(source), "_commit_hash", None)
+        if commit is None:
+            raise InvalidParameterError("model", source, "must be a folder, a file or a hub name")
+        return f"{source}@{commit}"
+    if not files:
+        raise InvalidParameterError("model", source, "must hold safetensors")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The raw prompts of a split, in their order."""
+
+    split: str
+    texts: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256("\n".join(self.texts).encode()).hexdigest()[:16]
+
+    def first(self, count: int) -> list[str]:
+        if not 1 <= count <= len(self.texts):
+            raise InvalidParameterError(
+                f"number of {self.split} prompts", count, f"must be in [1, {len(self.texts)}]"
+            )
+        return list(self.texts[:count])
+
+
+def load_prompts(path: str | None = None) -> dict[str, Prompts]:
+    """The prompts of both splits, of JSON lines {"split", "prompt"}; None: those that ship.
+
+    Raises:
+        InvalidParameterError: a prompt is in both splits.
+    """
+    source = path or imdb_path() / "prompts.jsonl"
+    records = read_jsonl(source, {"split": str, "prompt": str})
+    splits: dict[str, Sequence[str]] = {
+        split: [r["prompt"] for r in records if r["split"] == split] for split in SPLITS
+    }
+    shared = set(splits["dev"]) & set(splits["test"])
+    if shared:
+        raise InvalidParameterError("prompts", min(shared), "must not be in both dev and test")
+    return {split: Prompts(split, tuple(texts)) for split, texts in splits.items()}

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Markdown of a run, from its summary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_NAMES = {
+    "base": "base",
+    "best_of_16": "best of 16 (explicit)",
+    "eft": "EFT",
+    "args": "ARGS-style, token-wise explicit",
+    "cbs_implicit": "CBS (implicit)",
+    "cbs_explicit": "CBS (explicit)",
+    "ivg": "IVG",
+    "eft_wide": "EFT, any weight",
+    "args_wide": "ARGS-style, any weight",
+    "ivg_wide": "IVG, any weight",
+}
+
+_NOTES = """\
+Reward: of prompt + response; 95% intervals by bootstrap over prompts. distinct-n: share of distinct
+runs of n words within a response. KL: in nats a response, to the base at the sampling temperature;
+token-wise methods by the mean of log p(response) - log p_base(response), which is unbiased; methods
+that select add an upper bound of what selecting can cost (`bench.experiments.statistics`), marked
+<=. Tokens forwarded: a prompt, by role, prompt included. ARGS-style guides over all tokens: the
+engine's top-k filters the combined logits, so ARGS's restriction to the base's top k is not made.
+"""
+
+_SWEEP_HEAD = (
+    *("method", "weight", "W, K, L", "gold reward", "95%", "distinct-2", "perplexity (base)"),
+    *("KL to base", "CPU s / prompt", "base tokens forwarded"),
+)
+
+
+def label(name: str) -> str:
+    return _NAMES.get(name, name)
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """The report: main table, differences, order, sweeps."""
+    settings = summary["settings"]
+    lines = [
+        "# Controlled sentiment",
+        "",
+        f"{settings['num_prompts']} held-out test prompts, seeds "
+        f"{', '.join(map(str, settings['seeds']))}; W, K, L = 4, 4, 5, temperature 0.7, 50 tokens, "
+        f"no end of text; models: {settings['family']}. Weights chosen on "
+        f"{settings['num_dev_prompts']} dev prompts: the highest gold reward among those of "
+        f"{_list(settings['weights'])} whose distinct-2 is at least {settings['min_distinct']} of "
+        'the base\'s (where none is, the highest distinct-2); "any weight" is the same rule over '
+        f"{_list(sorted({*settings['weights'], *settings['wide_weights']}))} too, where it chooses "
+        "another weight.",
+        "",
+        *_main_table(summary),
+        "",
+        _NOTES,
+        *_time_note(summary),
+        *_edge_note(summary),
+        "## Differences in gold reward",
+        "",
+        *_table(
+            ("difference", "mean", "95% interval (paired bootstrap over prompts)"),
+            [
+                (name, f"{row['mean']:+.2f}", _interval(row["interval_95"]))
+                for name, row in summary["differences"].items()
+            ],
+        ),
+        "",
+        *_order(summary["order"]),
+        *_sweeps(summary),
+        "",
+        f"Made by `{summary['command']}`; {_versions(summary)}; device: {summary['device']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _main_table(summary: Mapping[str, Any]) -> list[str]:
+    methods = summary["methods"]
+    has_judge = any("perplexity_judge" in row for row in methods.values())
+    head = ["method", "weight", "gold reward", "95%", "by seed", "lexicon"]
+    head += [f"perplexity ({summary['settings']['judge']})"] if has_judge else []
+    head += ["perplexity (base)", "distinct-1", "distinct-2", "distinct-3", "KL to base"]
+    head += ["s / prompt", "CPU s / prompt", "tokens forwarded: base, tuned, untuned, value"]
+    rows = []
+    for name, row in methods.items():
+        timed = summary.get("timing", {}).get(name, row)
+        cells = [
+            label(name),
+            "" if row["weight"] is None else f"{row['weight']:g}",
+            f"{row['gold']:.2f}",
+            _interval(row["gold_interval_95"]),
+            ", ".join(f"{value:.2f}" for value in row["gold_by_seed"]),
+            f"{row['lexicon']:.3f}",
+        ]
+        if has_judge:
+            cells.append(f"{row['perplexity_judge']:.1f}" if "perplexity_judge" in row else "-")
+        cells += [f"{row['perplexity_base']:.1f}"]
+        cells += [f"{row[f'distinct_{n}']:.3f}" for n in (1, 2, 3)]
+        cells += [kl_text(row["kl"]), f"{timed['seconds']:.3f}{'*' * timed['is_loaded']}"]
+        cells += [f"{timed['cpu_seconds']:.3f}"]
+        cells += [", ".join(f"{value:.0f}" for value in row["tokens_forwarded"].values())]
+        rows.append(cells)
+    return _table(head, rows)
+
+
+def kl_text(kl: Mapping[str, Any]) -> str:
+    return f"{'<= ' if kl['is_upper_bound'] else ''}{kl['total']:.1f}"
+
+
+def _time_note(summary: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if "timing" in summary:
+        lines.append("Times are of a run of their own (`--time`), methods taking turns.")
+    timed = summary.get("timing", summary["methods"])
+    if any(row["is_loaded"] for row in timed.values()):
+        lines.append("* Other work shared the cores: compare CPU seconds, not seconds.")
+    return [" ".join(lines), ""] if lines else []
+
+
+def _edge_note(summary: Mapping[str, Any]) -> list[str]:
+    settings, chosen = summary["settings"], summary["chosen_weights"]
+    grids = {
+        "": settings["weights"],
+        "_wide": [*settings["weights"], *settings["wide_weights"]],
+    }
+    edges = [
+        f"{label(kind + suffix)}: {chosen[kind + suffix]:g}"
+        for suffix, grid in grids.items()
+        for kind in ("eft", "args", "ivg")
+        if chosen.get(kind + suffix) == max(grid)
+    ]
+    if not edges:
+        return []
+    return [f"At the upper edge of what the rule could choose from: {'; '.join(edges)}.", ""]
+
+
+def _order(claims: Mapping[str, bool]) -> list[str]:
+    failed = [claim for claim, holds in claims.items() if not holds]
+    if not failed:
+        return ["The paper's order holds: base below EFT and CBS, IVG above each."]
+    return [
+        "Of the paper's order (base below EFT and CBS, IVG above each) these differences have no "
+        f"interval above 0: {', '.join(failed)}. The others do."
+    ]
+
+
+def _sweeps(summary: Mapping[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for title, rows in (
+        ("Guidance weight", summary.get("weight_sweep", [])),
+        ("Width, candidates, chunk length", summary.get("search_sweep", [])),
+    ):
+        if not rows:
+            continue
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            f"{rows[0]['num_prompts']} dev prompts, one seed.",
+            "",
+            *_table(
+                _SWEEP_HEAD,
+                [
+                    (
+                        label(row["method"]),
+                        "" if row["weight"] is None else f"{row['weight']:g}",
+                        _search(row["params"]),
+                        f"{row['gold']:.2f}",
+                        _interval(row["gold_interval_95"]),
+                        f"{row['distinct_2']:.3f}",
+                        f"{row['perplexity_base']:.1f}",
+                        kl_text(row["kl"]),
+                        f"{row['cpu_seconds']:.3f}",
+                        f"{row['tokens_forwarded']['base']:.0f}",
+                    )
+                    for row in rows
+                ],
+            ),
+        ]
+    return lines
+
+
+def _search(params: Mapping[str, Any]) -> str:
+    if params["beam_width"] * params["num_candidates"] == 1:
+        return ""
+    chunk = params["chunk_length"] or "whole"
+    return f"{params['beam_width']}, {params['num_candidates']}, {chunk}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _interval(pair: Sequence[float]) -> str:
+    return f"{pair[0]:.2f} to {pair[1]:.2f}"
+
+
+def _list(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _versions(summary: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
