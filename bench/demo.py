@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=8, help="held-out prompts to decode")
     parser.add_argument("--show", type=int, default=2, help="prompts whose texts are printed")
-    # Chosen on dev prompts by bench/experiments/imdb_rewards.
+    # Chosen on dev prompts by bench/experiments/controlled_sentiment.
     parser.add_argument("--eft-weight", type=float, default=1.0, help="guidance weight of EFT")
     parser.add_argument("--ivg-weight", type=float, default=0.5, help="guidance weight of IVG")
     arguments = parser.parse_args()

@@ -86,13 +86,14 @@ class Experiment:
             "dtype": settings.dtype,
         }
         self.cells = CellStore(out / "cells", context, settings.batch_size)
+        device = settings.device or "cpu"
         self._judges = Judges(
             out / "measures",
-            gold_measure(family),
+            gold_measure(family, device),
             lexicon_measure(),
-            base_measure(family, SAMPLING["temperature"]),
+            base_measure(family, SAMPLING["temperature"], device),
         )
-        self._judge = judge_measure(settings.judge) if settings.judge else None
+        self._judge = judge_measure(settings.judge, device) if settings.judge else None
 
     @cached_property
     def engine(self) -> Engine:
@@ -115,13 +116,15 @@ class Experiment:
     def decode(
         self, methods: Sequence[Method], split: str, count: int, seeds: Sequence[int], what: str
     ) -> list[list[CellResult]]:
-        """The cells of each method, one a seed; decodes what is missing."""
+        """The cells of each method, one a seed; decodes what is missing, then frees the models."""
         grid = [
             [Cell(method, self.prompts[split], count, seed) for seed in seeds] for method in methods
         ]
         missing = sum(self.cells.missing(cell) for cells in grid for cell in cells)
         with tqdm(total=missing, desc=what, unit="prompt", disable=not missing) as bar:
-            return [[self._cell(cell, bar) for cell in cells] for cells in grid]
+            results = [[self._cell(cell, bar) for cell in cells] for cells in grid]
+        self.close()
+        return results
 
     def _cell(self, cell: Cell, bar: tqdm) -> CellResult:
         if not self.cells.missing(cell):

@@ -59,18 +59,18 @@ def whole_text(record: Record) -> str:
     return record["prompt"] + record["response"]
 
 
-def gold_measure(family: Family) -> Measure:
+def gold_measure(family: Family, device: str = "cpu") -> Measure:
     """The gold reward, logit(positive) - logit(negative)."""
 
     def make() -> Callable[[Sequence[Record]], Rows]:
         score = (
             GoldReward.load(family.gold).score
             if family.gold.endswith(".npz")
-            else ClassifierReward(family.gold).score
+            else ClassifierReward(family.gold, device).score
         )
         return lambda records: [[x] for x in score([whole_text(r) for r in records])]
 
-    return Measure("gold", fingerprint(family.gold).replace("/", "_"), make)
+    return Measure("gold", _safe(fingerprint(family.gold)), make)
 
 
 def lexicon_measure() -> Measure:
@@ -83,11 +83,11 @@ def lexicon_measure() -> Measure:
     return Measure("lexicon", "vader", make)
 
 
-def base_measure(family: Family, temperature: float) -> Measure:
+def base_measure(family: Family, temperature: float, device: str = "cpu") -> Measure:
     """Under the base: log p(y) at `temperature`, log p(y) at 1, tokens of y."""
 
     def make() -> Callable[[Sequence[Record]], Rows]:
-        model = load_model(family.models["base"], dtype="float32")
+        model = load_model(family.models["base"], device=device, dtype="float32")
 
         def run(records: Sequence[Record]) -> Rows:
             ids = [(r["prompt_ids"], r["token_ids"]) for r in records]
@@ -99,7 +99,7 @@ def base_measure(family: Family, temperature: float) -> Measure:
     return Measure(f"base_t{temperature}", _safe(fingerprint(family.models["base"])), make)
 
 
-def judge_measure(source: str) -> Measure:
+def judge_measure(source: str, device: str = "cpu") -> Measure:
     """Under a language model that had no part in it: log p(response | prompt), its tokens.
 
     `source` is a folder, a hub name or a .gguf file.
@@ -107,6 +107,7 @@ def judge_measure(source: str) -> Measure:
 
     def make() -> Callable[[Sequence[Record]], Rows]:
         model, tokenizer = load_judge(source)
+        model.to(device)
 
         def run(records: Sequence[Record]) -> Rows:
             ids = [split_ids(tokenizer, r["prompt"], whole_text(r)) for r in records]
@@ -140,7 +141,7 @@ def split_ids(tokenizer: Any, prompt: str, text: str) -> tuple[list[int], list[i
 
 @torch.inference_mode()
 def response_logprobs(
-    model: torch.nn.Module,
+    model: Any,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     temperatures: Sequence[float],
 ) -> Rows:
@@ -153,7 +154,7 @@ def response_logprobs(
     for begin in range(0, len(order), BATCH):
         batch = order[begin : begin + BATCH]
         texts = [torch.tensor([*pairs[i][0], *pairs[i][1]]) for i in batch]
-        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(model.device)
         # All ones: the padding is never read, and saying nothing about it makes transformers warn.
         mask = torch.ones_like(ids)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -170,11 +171,12 @@ def response_logprobs(
 class ClassifierReward:
     """logit(positive) - logit(negative) of a sequence classifier with these two labels."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, device: str = "cpu") -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(source)
         self._model = AutoModelForSequenceClassification.from_pretrained(
             source, dtype=torch.float32, use_safetensors=True
         ).eval()
+        self._model.to(device)
         if self._model.config.num_labels != 2:
             raise InvalidParameterError("gold", source, "must be a classifier of two labels")
 
@@ -190,7 +192,7 @@ class ClassifierReward:
                 truncation=True,
             )
             inputs.pop("token_type_ids", None)
-            logits = self._model(**inputs).logits
+            logits = self._model(**inputs.to(self._model.device)).logits
             scores += (logits[:, 1] - logits[:, 0]).tolist()
         return scores
 

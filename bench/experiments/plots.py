@@ -43,8 +43,8 @@ def draw(summary: Mapping[str, Any], folder: Path) -> list[Path]:
         own = sorted((r for r in weights if r["method"] == kind), key=lambda r: r["weight"])
         _line(axes, kind, [kl(row) for row in own], own, "weights, dev prompts")
     for name, row in methods.items():
-        _point(axes, name, kl(row), row)
-    axes.set_xlabel("KL to the base, nats a response (arrow: an upper bound)")
+        _point(axes, name, kl(row), row, kl=row["kl"])
+    axes.set_xlabel("KL to the base, nats a response (where it is bounded: its range)")
     paths = [_finish(figure, axes, folder / "reward_kl.png")]
 
     figure, axes = plt.subplots(figsize=(8, 5.5))
@@ -63,7 +63,7 @@ def draw(summary: Mapping[str, Any], folder: Path) -> list[Path]:
             text = f"{p['beam_width']},{p['num_candidates']},{p['chunk_length'] or 'all'}"
             axes.annotate(text, (seconds(row), row["gold"]), fontsize=6, alpha=0.7)
     for name, row in methods.items():
-        _point(axes, name, seconds(timing.get(name, row)), row, arrow=False)
+        _point(axes, name, seconds(timing.get(name, row)), row)
     axes.set_xscale("log")
     axes.set_xlabel("CPU seconds a prompt")
     return [*paths, _finish(figure, axes, folder / "reward_time.png")]
@@ -81,7 +81,9 @@ def _line(
         axes.annotate(f"{row['weight']:g}", (x, row["gold"]), fontsize=6, alpha=0.7)
 
 
-def _point(axes: Axes, name: str, x: float, row: Mapping[str, Any], *, arrow: bool = True) -> None:
+def _point(
+    axes: Axes, name: str, x: float, row: Mapping[str, Any], *, kl: Mapping[str, Any] | None = None
+) -> None:
     colour = _COLOURS[name.removesuffix("_wide")]
     low, high = row["gold_interval_95"]
     axes.errorbar(
@@ -92,8 +94,7 @@ def _point(axes: Axes, name: str, x: float, row: Mapping[str, Any], *, arrow: bo
         color=colour,
         capsize=2,
         label=label(name),
-        xerr=[[0.02 * max(x, 1)], [0]] if arrow and row["kl"]["is_upper_bound"] else None,
-        xuplims=arrow and row["kl"]["is_upper_bound"],
+        xerr=None if kl is None else [[x - kl["log_ratio"]], [0]],
     )
 
 

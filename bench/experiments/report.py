@@ -22,10 +22,11 @@ _NAMES = {
 _NOTES = """\
 Reward: of prompt + response; 95% intervals by bootstrap over prompts. distinct-n: share of distinct
 runs of n words within a response. KL: in nats a response, to the base at the sampling temperature;
-token-wise methods by the mean of log p(response) - log p_base(response), which is unbiased; methods
-that select add an upper bound of what selecting can cost (`bench.experiments.statistics`), marked
-<=. Tokens forwarded: a prompt, by role, prompt included. ARGS-style guides over all tokens: the
-engine's top-k filters the combined logits, so ARGS's restriction to the base's top k is not made.
+token-wise methods by the mean of log p(response) - log p_base(response), which is unbiased. Of
+methods that select, a range: that mean for what they select from, which the KL is not below, and
+with the most that selecting can add (`bench.experiments.statistics`). Tokens forwarded: a prompt,
+by role, prompt included. ARGS-style guides over all tokens: the engine's top-k filters the combined
+logits, so ARGS's restriction to the base's top k is not made.
 """
 
 _SWEEP_HEAD = (
@@ -106,7 +107,8 @@ def _main_table(summary: Mapping[str, Any]) -> list[str]:
 
 
 def kl_text(kl: Mapping[str, Any]) -> str:
-    return f"{'<= ' if kl['is_upper_bound'] else ''}{kl['total']:.1f}"
+    low, high = (f"{round(kl[name], 1) + 0.0:.1f}" for name in ("log_ratio", "total"))  # no -0.0
+    return f"{low} to {high}" if kl["is_upper_bound"] else low
 
 
 def _time_note(summary: Mapping[str, Any]) -> list[str]:

@@ -3,15 +3,19 @@
 
     python -m ivg_fast.training.card FOLDER [--results RESULTS]
 
-FOLDER is the family's (with `metrics.json`), RESULTS that of `bench.experiments.imdb_rewards`.
+FOLDER is the family's (with `metrics.json`), RESULTS that of
+`bench.experiments.controlled_sentiment`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from ivg_fast.training.records import read_jsonl
 
 _HEAD = """\
 # The IMDB family
@@ -78,29 +82,44 @@ on the gold reward, pairs closer than {min_reward_gap} left out | \
 """
 
 
+_SAMPLE = {"method": str, "prompt": str, "response": str, "gold": float}
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
 def _experiment(results: Path, num_samples: int) -> str:
     summary = json.loads((results / "summary.json").read_text(encoding="utf-8"))
     settings, methods = summary["settings"], summary["methods"]
     lines = [
         "\n## Steering\n",
-        f"{settings['num_prompts']} held-out test prompts, seeds {settings['seeds']}, W, K, L = "
-        "4, 4, 5, temperature 0.7, 50 tokens, no EOS; the guidance weight was chosen on "
+        f"{settings['num_prompts']} held-out test prompts, seeds {_listed(settings['seeds'])}, "
+        "W, K, L = 4, 4, 5, temperature 0.7, 50 tokens, no EOS; the guidance weight was chosen on "
         f"{settings['num_dev_prompts']} dev prompts, among those whose distinct-2 is at "
-        f"least {settings['min_distinct']} of the base's (or the most varied one). "
+        f"least {settings['min_distinct']} of the base's (or the most varied one), out of "
+        f"{_listed(settings['weights'])}; for a method ending in _wide out of "
+        f"{_listed(settings['wide_weights'])} too. "
         "Reward of prompt + response.\n",
-        "| method | weight | gold reward | by seed | second judge | distinct-2 | perplexity |",
-        "|---|---|---|---|---|---|---|",
+        "| method | weight | gold reward | by seed | second judge | distinct-2 | perplexity | "
+        "KL to base |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in methods.items():
         by_seed = ", ".join(f"{value:.2f}" for value in row["gold_by_seed"])
-        perplexity = f"{row['perplexity']:.1f}" if "perplexity" in row else "-"
+        perplexity = f"{row['perplexity_judge']:.1f}" if "perplexity_judge" in row else "-"
+        weight = "" if row["weight"] is None else f"{row['weight']:g}"
+        kl = f"{row['kl']['log_ratio']:.1f}"
+        if row["kl"]["is_upper_bound"]:
+            kl += f" to {row['kl']['total']:.1f}"
         lines.append(
-            f"| {name} | {row['weight']} | {row['gold']:.2f} | {by_seed} | {row['lexicon']:.3f} | "
-            f"{row['distinct_2']:.3f} | {perplexity} |"
+            f"| {name} | {weight} | {row['gold']:.2f} | {by_seed} | {row['lexicon']:.3f} | "
+            f"{row['distinct_2']:.3f} | {perplexity} | {kl} |"
         )
+    lines.append("\nKL in nats a response; a range where it is only bounded.")
     if settings.get("judge"):
         lines.append(
-            f"\nPerplexity of the first {settings['num_judged']} responses of each method under "
+            f"Perplexity of the first {settings['num_judged']} responses of each method under "
             f"a language model that saw none of this ({settings['judge']})."
         )
     lines.append("\n| difference | mean | 95% interval (paired bootstrap over prompts) |")
@@ -109,11 +128,11 @@ def _experiment(results: Path, num_samples: int) -> str:
         low, high = row["interval_95"]
         lines.append(f"| {name} | {row['mean']:.2f} | {low:.2f} to {high:.2f} |")
     lines.append(f"\n## Samples\n\nThe first {num_samples} test prompts, first seed, not chosen.")
+    samples = read_jsonl(results / "samples.jsonl", _SAMPLE)
     for name in methods:
         lines.append(f"\n**{name}**\n")
-        records = (results / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        for line in records[:num_samples]:
-            record = json.loads(line)
+        own = [record for record in samples if record["method"] == name]
+        for record in own[:num_samples]:
             text = record["response"].replace("|", "/").replace("\n", " ")
             lines.append(f"- ({record['gold']:+.1f}) **{record['prompt']}**{text}")
     return "\n".join(lines) + "\n"
