@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from ivg_fast.assets import imdb_path
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.request import ROLES
+from ivg_fast.templates import preset
 from ivg_fast.training.records import read_jsonl
 
 SPLITS = ("dev", "test")
@@ -55,17 +56,8 @@ PAPER_BASES = ("gpt2-large", "gpt2", "gpt2-xl")
 
 def paper(base: str = PAPER_BASES[0]) -> Family:
     """The models of the paper's controlled-sentiment experiment (arXiv 2409.17819), from a hub."""
-    return Family(
-        f"{base}, guided by the paper's gpt2-imdb models",
-        {
-            "base": base,
-            "tuned": "chadlzx/gpt2-imdb-dpo",
-            "untuned": "lvwerra/gpt2-imdb",
-            "value": "chadlzx/gpt2-imdb-token-rm",
-        },
-        "lvwerra/distilbert-imdb",
-        {"base": "imdb"},
-    )
+    chosen = preset("imdb", base=base)
+    return Family(f"paper, {base}", chosen.models, "lvwerra/distilbert-imdb", chosen.templates)
 
 
 def fingerprint(source: str) -> str:
