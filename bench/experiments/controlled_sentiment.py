@@ -10,6 +10,9 @@ the weight and over W, K, L run on dev prompts. Run again with the same FOLDER i
 stopped: what is decoded or measured is not run again, and a changed setting is not mixed in.
 FOLDER gets report.md, summary.json, per_prompt.csv, samples.jsonl and plots; in cells/ and
 measures/ is every response.
+
+The models are the bundled IMDB family; `--preset paper` takes the paper's (gpt2, gpt2-large or
+gpt2-xl and its guides) and its gold reward from a hub instead.
 """
 
 from __future__ import annotations

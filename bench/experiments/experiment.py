@@ -6,7 +6,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -159,11 +159,8 @@ class Experiment:
         s = self.settings
         methods = main_methods(chosen)
         cells = self.decode(methods, "test", s.num_prompts, s.seeds, "test")
-        judges = Judges(
-            *(getattr(self._judges, name) for name in ("folder", "gold", "lexicon", "base")),
-            self._judge,
-            min(s.num_judged, s.num_prompts),
-        )
+        judged = min(s.num_judged, s.num_prompts)
+        judges = replace(self._judges, judge=self._judge, num_judged=judged)
         results = {}
         for method, own in tqdm(list(zip(methods, cells, strict=True)), desc="measure"):
             results[method.name] = measure_method(method, own, judges, s.num_threads)
@@ -188,10 +185,10 @@ class Experiment:
             rows.append({"method": method.name, "num_prompts": count, **result.figures})
         return rows
 
-    def time(self, chosen: dict[str, float], rounds: int = 3) -> dict[str, Any]:
+    def time(self, chosen: dict[str, float], rounds: int = 3) -> None:
         """Times alone, methods taking turns: the median round of each. Writes timing.json."""
         count = self.settings.num_timed_prompts
-        cells = [Cell(m, self.prompts["test"], count, 0) for m in main_methods(chosen)]
+        cells = self._timed_cells(main_methods(chosen))
         prompts = self.prompts["test"].first(count)
         batches: dict[str, list[dict[str, Any]]] = {cell.method.name: [] for cell in cells}
         with tqdm(total=len(cells) * (rounds + 1), desc="times", unit="run") as bar:
@@ -201,15 +198,28 @@ class Experiment:
                     bar.update()
                     if turn:  # the first round warms up
                         batches[cell.method.name].append(batch)
-        timing = {}
-        for name, own in batches.items():
+        timing = self._known_times()
+        for cell in cells:
+            own = batches[cell.method.name]
             middle = sorted(own, key=lambda batch: batch["seconds"])[rounds // 2]
-            timing[name] = times([middle], self.settings.num_threads)
-            timing[name]["is_loaded"] = times(own, self.settings.num_threads)["is_loaded"]
-            timing[name]["rounds"] = [batch["seconds"] / count for batch in own]
-            timing[name]["num_prompts"] = count
+            timing[self._time_key(cell)] = {
+                **times([middle], self.settings.num_threads),
+                "is_loaded": times(own, self.settings.num_threads)["is_loaded"],
+                "rounds": [batch["seconds"] / count for batch in own],
+                "num_prompts": count,
+            }
         _write_json(self.out / "timing.json", timing)
-        return timing
+
+    def _timed_cells(self, methods: Sequence[Method]) -> list[Cell]:
+        count = self.settings.num_timed_prompts
+        return [Cell(method, self.prompts["test"], count, 0) for method in methods]
+
+    def _time_key(self, cell: Cell) -> str:
+        return f"{self.cells.key(cell)}-{cell.count}-{self.settings.num_threads}"
+
+    def _known_times(self) -> dict[str, Any]:
+        path = self.out / "timing.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     # --- reports ---------------------------------------------------------------------------------
 
@@ -242,9 +252,11 @@ class Experiment:
             "device": device_name(s.device or "cpu"),
             "command": command,
         }
-        timing = self.out / "timing.json"
-        if timing.exists():
-            summary["timing"] = json.loads(timing.read_text(encoding="utf-8"))
+        known = self._known_times()
+        cells = self._timed_cells([result.method for result in results.values()])
+        timing = {cell.method.name: known.get(self._time_key(cell)) for cell in cells}
+        if None not in timing.values():
+            summary["timing"] = timing
         return summary
 
     def _write_rows(

@@ -50,7 +50,7 @@ def measure_method(
     def table(measure: Measure) -> NDArray[np.float64]:
         return np.array([measure.rows(judges.folder, result) for result in results])
 
-    gold, lexicon, base = table(judges.gold)[..., 0], table(judges.lexicon)[..., 0], None
+    gold, lexicon = table(judges.gold)[..., 0], table(judges.lexicon)[..., 0]
     base = table(judges.base)
     records = [record for result in results for record in result.records]
     texts = [record["response"] for record in records]

@@ -203,6 +203,12 @@ def test_times_of_their_own(out: Path, standins: dict[str, str], tmp_path: Path)
     for row in summary["timing"].values():
         assert row["seconds"] == sorted(row["rounds"])[1]
     assert "Times are of a run of their own" in (tmp_path / "report.md").read_text()
+    # They are of that many prompts and threads, and of no others.
+    for changed in (["--num-timed-prompts", "2"], ["--num-timed-prompts", "1", "--threads", "2"]):
+        assert main(_arguments(standins, tmp_path, "--no-sweeps", *changed)) == 0
+        assert "timing" not in json.loads((tmp_path / "summary.json").read_text())
+    assert main(_arguments(standins, tmp_path, *more[:1], *more[2:])) == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["timing"] == summary["timing"]
 
 
 def test_settings_of_the_command_line() -> None:
