@@ -37,7 +37,7 @@ from bench.experiments.summary import (
     order,
     times,
 )
-from bench.harness import device_name
+from bench.run import device_name
 from ivg_fast import Engine, EngineConfig
 from ivg_fast.request import ROLES
 from ivg_fast.training.records import write_jsonl
