@@ -28,6 +28,7 @@ from typing import Any
 from bench.experiments.cells import locked
 from bench.experiments.experiment import Experiment, Settings, write_report
 from bench.experiments.families import PAPER_BASES, Family, bundled, load_prompts, paper
+from bench.experiments.summary import at_equal_kl
 from ivg_fast.request import ROLES
 
 QUICK: dict[str, Any] = {
@@ -119,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_report(out, summary)
             if not (args.quick or args.no_sweeps):
                 summary["weight_sweep"] = run.weight_sweep()
+                summary["ivg_minus_eft_at_equal_kl"] = at_equal_kl(summary["weight_sweep"])
                 summary["search_sweep"] = run.search_sweep(chosen["ivg"])
                 write_report(out, summary)
         finally:

@@ -156,6 +156,7 @@ def _sweeps(summary: Mapping[str, Any]) -> list[str]:
     ):
         if not rows:
             continue
+        at_equal_kl = title == "Guidance weight" and summary.get("ivg_minus_eft_at_equal_kl")
         lines += [
             "",
             f"## {title}",
@@ -181,6 +182,15 @@ def _sweeps(summary: Mapping[str, Any]) -> list[str]:
                 ],
             ),
         ]
+        if at_equal_kl:
+            gains = ", ".join(
+                f"{row['difference']:+.2f} (w = {row['weight']:g})" for row in at_equal_kl
+            )
+            lines += [
+                "",
+                "IVG's gold reward minus EFT's at the same KL, IVG's taken at its upper bound and "
+                f"EFT between its weights by linear interpolation: {gains}.",
+            ]
     return lines
 
 

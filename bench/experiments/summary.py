@@ -116,6 +116,24 @@ def differences(results: Mapping[str, MethodResult]) -> dict[str, Any]:
     return found
 
 
+def at_equal_kl(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """For weights of IVG: its gold reward minus EFT's where EFT is as far from the base.
+
+    IVG's KL is taken at its upper bound, EFT between its weights by linear interpolation; weights
+    at which EFT was never that far are left out. `rows` are those of a weight sweep.
+    """
+    eft = sorted(
+        (row["kl"]["total"], row["gold"]) for row in rows if row["method"] in ("base", "eft")
+    )
+    distances, golds = zip(*eft, strict=True)
+    ivg = [row for row in rows if row["method"] == "ivg" and row["kl"]["total"] <= distances[-1]]
+    own = np.interp([row["kl"]["total"] for row in ivg], distances, golds)
+    return [
+        {"weight": row["weight"], "difference": row["gold"] - float(gold)}
+        for row, gold in zip(ivg, own, strict=True)
+    ]
+
+
 def order(found: Mapping[str, Any]) -> dict[str, bool]:
     """The paper's order as claims; one holds where the interval of its difference is above 0."""
     claims = ["eft - base", "cbs_implicit - base", "cbs_explicit - base"]

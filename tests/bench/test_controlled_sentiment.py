@@ -91,6 +91,7 @@ def test_every_method_is_reported(out: Path, summary: dict[str, Any]) -> None:
     assert [s["prompt"] for s in samples if s["method"] == "ivg"] == test_prompts(3)
     assert len(summary["weight_sweep"]) == 1 + 3 * len(GUIDED)
     assert len(summary["search_sweep"]) == 2 * 3
+    assert ("IVG's gold reward minus EFT's" in report) == bool(summary["ivg_minus_eft_at_equal_kl"])
     claims = summary["order"]
     assert set(claims) >= {"eft - base", "cbs_implicit - base", "ivg - eft", "ivg - cbs_explicit"}
     for claim, holds in claims.items():  # random models: whatever came out is what is said

@@ -15,7 +15,7 @@ from bench.experiments.cells import CellResult
 from bench.experiments.measures import Measure
 from bench.experiments.methods import method
 from bench.experiments.report import markdown
-from bench.experiments.summary import Judges, differences, measure_method, order, times
+from bench.experiments.summary import Judges, at_equal_kl, differences, measure_method, order, times
 from ivg_fast.assets import imdb_path
 from ivg_fast.training import card
 
@@ -148,6 +148,23 @@ def test_times_of_a_loaded_machine_are_marked(tmp_path: Path) -> None:
     batch = {"seconds": 1.0, "cpu_seconds": 1.0, "load": 2.2, "num_prompts": 4}
     assert not times([batch], 2)["is_loaded"]
     assert times([batch], 1)["is_loaded"]
+
+
+def test_gains_at_equal_kl() -> None:
+    def row(name: str, weight: float | None, kl: float, gold: float) -> dict[str, Any]:
+        return {"method": name, "weight": weight, "gold": gold, "kl": {"total": kl}}
+
+    rows = [
+        row("ivg", 0.5, 15.0, 8.0),
+        row("eft", 2.0, 40.0, 9.0),
+        row("base", None, 0.0, 1.0),
+        row("eft", 1.0, 20.0, 7.0),
+        row("args", 1.0, 15.0, 50.0),
+        row("ivg", 1.0, 30.0, 8.0),
+        row("ivg", 2.0, 60.0, 9.5),  # farther than EFT ever was
+    ]
+    found = {row["weight"]: row["difference"] for row in at_equal_kl(rows)}
+    assert found == pytest.approx({0.5: 8 - (1 + 6 * 15 / 20), 1.0: 0.0})
 
 
 def test_the_card_reads_the_results(tmp_path: Path) -> None:
