@@ -241,7 +241,7 @@ class Experiment:
                 "wide_weights": list(s.wide_weights),
                 "min_distinct": s.min_distinct,
                 "judge": s.judge_name,
-                "num_judged": s.num_judged,
+                "num_judged": min(s.num_judged, s.num_prompts),
             },
             "chosen_weights": chosen,
             "dev": self._dev,

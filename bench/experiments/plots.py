@@ -36,7 +36,7 @@ def draw(summary: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def _reward_kl(summary: Mapping[str, Any], path: Path) -> Path:
-    figure, axes = plt.subplots(figsize=(8, 5.5))
+    figure, axes = plt.subplots(figsize=(10, 5.5))
     weights = summary.get("weight_sweep", [])
     for kind in GUIDED:
         own = sorted((r for r in weights if r["method"] == kind), key=lambda r: r["weight"])
@@ -49,7 +49,7 @@ def _reward_kl(summary: Mapping[str, Any], path: Path) -> Path:
 
 
 def _reward_time(summary: Mapping[str, Any], path: Path) -> Path:
-    figure, axes = plt.subplots(figsize=(8, 5.5))
+    figure, axes = plt.subplots(figsize=(10, 5.5))
     searches = summary.get("search_sweep", [])
     for kind in ("cbs_explicit", "ivg"):
         own = [row for row in searches if row["method"] == kind]
@@ -103,7 +103,7 @@ def _point(
 def _finish(figure: Any, axes: Axes, path: Path) -> Path:
     axes.set_ylabel("gold reward (log-odds)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -57,6 +57,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
         *_main_table(summary),
         "",
         _NOTES,
+        *_judge_note(settings),
         *_time_note(summary),
         *_edge_note(summary),
         "## Differences in gold reward",
@@ -109,6 +110,16 @@ def _main_table(summary: Mapping[str, Any]) -> list[str]:
 def kl_text(kl: Mapping[str, Any]) -> str:
     low, high = (f"{round(kl[name], 1) + 0.0:.1f}" for name in ("log_ratio", "total"))  # no -0.0
     return f"{low} to {high}" if kl["is_upper_bound"] else low
+
+
+def _judge_note(settings: Mapping[str, Any]) -> list[str]:
+    if not settings["judge"]:
+        return []
+    return [
+        f"{settings['judge']} read the first {settings['num_judged']} responses of each method, "
+        "first seed; it had no part in any model here.",
+        "",
+    ]
 
 
 def _time_note(summary: Mapping[str, Any]) -> list[str]:

@@ -121,6 +121,7 @@ def test_the_table(tmp_path: Path) -> None:
     assert ivg["weight"] == "0.5"
     assert ivg["KL to base"] == "2.0 to 16.2"
     assert ivg["perplexity (some judge)"] == "7.4"
+    assert "some judge read the first 30 responses" in text
     assert ivg["s / prompt"] == "0.200"
     assert ivg["tokens forwarded: base, tuned, untuned, value"] == "54, 0, 0, 7"
     assert _row(text, "EFT")["KL to base"] == "2.0"
