@@ -140,10 +140,12 @@ def test_names_exist(path: Path) -> None:
 
 def test_figures_are_those_of_the_results() -> None:
     page = (ROOT / "docs" / "engine_integration.md").read_text("utf-8")
-    stored = json.loads((ROOT / "bench/results/imdb_rewards/summary.json").read_text("utf-8"))
+    stored = json.loads(
+        (ROOT / "bench/results/controlled_sentiment/summary.json").read_text("utf-8")
+    )
     by_weight: dict[float, dict[str, str]] = {}
     for row in stored["dev"]:
-        if row["method"] != "base":
+        if row["method"] in ("eft", "ivg"):
             cells = f"{row['gold']:.2f} | {row['distinct_2']:.2f}"
             by_weight.setdefault(row["weight"], {})[row["method"]] = cells
     for weight, cells in by_weight.items():
@@ -154,4 +156,23 @@ def test_figures_are_those_of_the_results() -> None:
     assert len(settings["seeds"]) == 3
     figures = {name: f"{method['gold']:.2f}" for name, method in stored["methods"].items()}
     said = page[page.index("test prompts and three seeds") :][:200]
-    assert re.findall(r"-?\d+\.\d\d", said) == [figures[m] for m in ("base", "cbs", "eft", "ivg")]
+    names = ("base", "cbs_explicit", "eft", "ivg", "eft_wide")
+    assert re.findall(r"-?\d+\.\d\d", said) == [figures[name] for name in names]
+    kl = [f"{stored['methods'][name]['kl']['total']:.0f}" for name in ("eft_wide", "ivg")]
+    assert f"{kl[0]} nats for the last, at most {kl[1]} for" in page
+    cbs, ivg = (
+        {
+            tuple(row["params"][n] for n in ("beam_width", "num_candidates", "chunk_length")): row
+            for row in stored["search_sweep"]
+            if row["method"] == method
+        }
+        for method in ("cbs_explicit", "ivg")
+    )
+    shown = re.findall(r"^\| (\d), (\d), (\d+|whole) \| (.+) \|$", page, re.MULTILINE)
+    assert len(shown) == 9
+    for width, children, chunk, cells in shown:
+        key = (int(width), int(children), None if chunk == "whole" else int(chunk))
+        tokens = f"{ivg[key]['tokens_forwarded']['base']:.0f}"
+        assert cells == f"{cbs[key]['gold']:.2f} | {ivg[key]['gold']:.2f} | {tokens}"
+    falls = [f"{ivg[4, 4, length]['distinct_2']:.2f}" for length in (5, 1)]
+    assert re.sub(r"\s+", " ", page).count(f"falls from {falls[0]} to {falls[1]} at L = 1") == 1
