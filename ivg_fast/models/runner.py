@@ -143,7 +143,8 @@ class ModelRunner:
 
     def _new_pool(self, num_blocks: int, shape: LayerShape, width: int) -> torch.Tensor:
         size = (num_blocks, shape.num_kv_heads, BLOCK_SIZE, width)
-        return torch.zeros(size, dtype=shape.dtype, device=self.device)
+        # Not zeros: memory that no token has been written to is not taken from the machine yet.
+        return torch.empty(size, dtype=shape.dtype, device=self.device)
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
