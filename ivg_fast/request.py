@@ -224,8 +224,7 @@ class LiveRequest:
             stop_reason = None if tokens[-1] in self.eos_ids else tokens[-1]
         elif candidate["finish"] == FINISH_STOP_TEXT:
             stop = self.params.stop[candidate["stop_index"]]
-            start = _settled_length(tokenizer, tokens, len(tokens) - 1) - len(stop) + 1
-            text = text[: text.index(stop, max(start, 0))]
+            text = before_stop(tokenizer, tokens, stop)
             stop_reason = stop
         wants_tokens = self.params.logprobs
         return CandidateOutput(
@@ -264,6 +263,13 @@ def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
     if tokenizer is None:
         return ""
     return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def before_stop(tokenizer: Any, token_ids: Sequence[int], stop: str) -> str:
+    """The text before the stop string that the last token completes."""
+    text = decode(tokenizer, token_ids)
+    start = _settled_length(tokenizer, token_ids, len(token_ids) - 1) - len(stop) + 1
+    return text[: text.index(stop, max(start, 0))]
 
 
 def find_stop(
