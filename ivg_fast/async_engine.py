@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import secrets
 import threading
@@ -59,6 +60,7 @@ class AsyncEngine:
         self._num_threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="ivg-engine", daemon=True)
         self._thread.start()
+        atexit.register(self._stop_at_exit)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
@@ -146,6 +148,10 @@ class AsyncEngine:
             drain: let what has been accepted finish. False: abort it; the clients get what there
                 is. May follow a call with True that is still waiting.
         """
+        self._stop(drain)
+        await asyncio.shield(asyncio.wrap_future(self._stopped))
+
+    def _stop(self, drain: bool) -> None:
         with self._lock:
             self._is_stopping = True
             if not drain:
@@ -153,7 +159,11 @@ class AsyncEngine:
                     client.is_aborted = True
                     self._abort_running(client)
         self._work.set()
-        await asyncio.shield(asyncio.wrap_future(self._stopped))
+
+    def _stop_at_exit(self) -> None:
+        """A thread inside C++ code takes the process down if the interpreter ends around it."""
+        self._stop(drain=False)
+        self._thread.join()
 
     async def __aenter__(self) -> Self:
         return self
@@ -256,6 +266,7 @@ class AsyncEngine:
             self._engine.close()
         except Exception:
             _LOG.exception("the engine could not be closed")
+        atexit.unregister(self._stop_at_exit)
         self._stopped.set_result(None)
 
     def _serve(self) -> None:

@@ -6,8 +6,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -484,6 +487,32 @@ def test_clients_whose_loop_is_closed(alone) -> None:
         assert num_steps < 50  # of bursts of 4
 
     serve(engine, clients)
+
+
+_FORGETS = """
+import asyncio, sys
+sys.path.insert(0, {tests!r})
+from test_async_engine import AsyncEngine, SearchParams, make_engine
+
+async def main():
+    served = AsyncEngine(make_engine())
+    params = SearchParams(max_tokens=200, ignore_eos=True)
+    tasks = [asyncio.ensure_future(served.generate("hello", params)) for _ in range(4)]
+    await asyncio.sleep(0.1)  # they are cancelled on their way
+    assert tasks
+    return served
+
+served = asyncio.run(main())
+print("the end")
+"""
+
+
+def test_a_process_that_forgets_to_shut_down() -> None:
+    code = _FORGETS.format(tests=str(Path(__file__).parent))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "the end\n"), done.stderr
 
 
 def test_an_engine_in_use_is_not_taken() -> None:

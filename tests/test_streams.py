@@ -134,7 +134,13 @@ def test_token_ids_alone() -> None:
 
 def test_decided_tokens_of_an_engine() -> None:
     params = SearchParams.cbs(
-        max_tokens=12, beam_width=1, num_candidates=3, chunk_length=4, scorer=text_score, seed=1
+        max_tokens=12,
+        beam_width=1,
+        num_candidates=3,
+        chunk_length=4,
+        scorer=text_score,
+        ignore_eos=True,
+        seed=1,
     )
     with make_engine(tiny_tokenizer(300)) as engine:
         request_id = engine.add_request("hello", params)
