@@ -4,9 +4,12 @@
 # torch comes first: its OpenMP runtime is the one that the extension then shares.
 import torch  # noqa: F401
 
+from ivg_fast.async_engine import AsyncEngine
+from ivg_fast.client import StreamEvent
 from ivg_fast.engine import Engine
 from ivg_fast.errors import (
     CapacityError,
+    EngineStoppedError,
     InvalidParameterError,
     IVGError,
     NonFiniteLogitsError,
@@ -28,10 +31,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "TEMPLATES",
+    "AsyncEngine",
     "CandidateOutput",
     "CapacityError",
     "Engine",
     "EngineConfig",
+    "EngineStoppedError",
     "IVGError",
     "InvalidParameterError",
     "NonFiniteLogitsError",
@@ -45,6 +50,7 @@ __all__ = [
     "ScorerError",
     "SearchParams",
     "SearchStats",
+    "StreamEvent",
     "Template",
     "TextValueModel",
     "UnsupportedModelError",

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ivg_fast import _C
 from ivg_fast.burst import BurstRunner
@@ -23,7 +22,7 @@ from ivg_fast.models.loading import kwargs_of, load_model, load_tokenizer
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.text_value import TextValueModel, load_value
 from ivg_fast.models.value_head import as_value_model
-from ivg_fast.models.values import ExplicitValue, TokenScorer, ValueFunction, call_scorer
+from ivg_fast.models.values import ExplicitValue, TokenScorer, ValueFunction
 from ivg_fast.models.vocabulary import check_same_vocabulary, load_guide_tokenizer
 from ivg_fast.ops.block_copy import BlockCopier
 from ivg_fast.outputs import RequestOutput
@@ -31,16 +30,15 @@ from ivg_fast.params import EngineConfig, SearchParams
 from ivg_fast.prompts import RequestFactory
 from ivg_fast.rendering import PromptInput, PromptRenderer, as_prompt_list, tokenizers_by_role
 from ivg_fast.request import ROLES
-from ivg_fast.scorer_threads import ScorerThreads
 from ivg_fast.scoring import ChunkScorer
 from ivg_fast.templates import Template
-from ivg_fast.warmup import WARMUP_PROMPT, warmup_params
+from ivg_fast.warmup import WARMUP_PROMPT, warm_up
 
 
 class Engine:
     """Decodes prompts with Integrated Value Guidance (arXiv 2409.17819) over a paged KV cache.
 
-    Not thread-safe: one thread owns an engine.
+    One thread owns an engine; `add_request` and `abort` alone may be called on others.
 
     Args:
         base_model: the model that is steered, a decoder of transformers.
@@ -227,9 +225,7 @@ class Engine:
         burst = BurstRunner(
             self._runners, self.vocab_size, BlockCopier(pools).copy, token_scorer, self.tokenizer
         )
-        timeout_s = self.config.scorer_timeout_s
-        call = call_scorer if timeout_s is None else ScorerThreads(timeout_s).call
-        scorer = ChunkScorer(self._runners, token_scorer, eos_id, self.tokenizer, call)
+        scorer = partial(ChunkScorer, self._runners, token_scorer, eos_id, self.tokenizer)
         self._loop = RequestLoop(self._scheduler, burst, scorer, self.tokenizer, self.config)
         self._factory = RequestFactory(
             self._runners,
@@ -272,41 +268,19 @@ class Engine:
         """
         self._check_usable()
         requests = self._factory.create(as_prompt_list(prompts), params, seeds)
-        self._loop.check(requests)
-        outputs: dict[int, RequestOutput] = {}
-        failures: list[tuple[int, BaseException]] = []
-        ids: dict[int, int] = {}
-        pending = deque(enumerate(requests))
-        try:
-            with tqdm(total=len(requests), desc="ivg", unit="prompt", disable=not use_tqdm) as bar:
-                while pending or ids:
-                    while pending and self._loop.has_room:
-                        index, request = pending.popleft()
-                        ids[self._loop.submit(request)] = index
-                    for request_id, output in self._loop.run_step():
-                        if request_id not in ids:
-                            self._loop.uncollected.append((request_id, output))
-                            continue
-                        index = ids.pop(request_id)
-                        if isinstance(output, RequestOutput):
-                            outputs[index] = output
-                        else:
-                            failures.append((index, output))
-                        bar.update()
-        finally:
-            self._loop.drop(ids)
-        if failures:
-            index, error = min(failures, key=lambda failure: failure[0])
-            error.add_note(f"prompt {index} of {len(requests)} failed")
-            every = [outputs.get(i) for i in range(len(requests))]
-            vars(error).update(outputs=every, failures=dict(failures))
-            raise error
-        return [outputs[i] for i in range(len(requests))]
+        return self._loop.run_all(requests, use_tqdm)
 
     def add_request(
-        self, prompt: PromptInput, params: SearchParams, *, seed: int | None = None
+        self,
+        prompt: PromptInput,
+        params: SearchParams,
+        *,
+        seed: int | None = None,
+        is_streamed: bool = False,
     ) -> int:
         """Queues one prompt and returns its request id; `step` runs it.
+
+        `is_streamed`: with a single candidate, in bursts of `max_stream_steps` at most.
 
         Raises:
             InvalidParameterError, CapacityError, QueueFullError: the request is not queued.
@@ -314,14 +288,22 @@ class Engine:
         if not self._runners:
             raise IVGError("the engine is closed")
         (request,) = self._factory.create([prompt], params, None if seed is None else [seed])
+        if is_streamed and params.pool_size == 1:
+            request.max_burst_steps = self.config.max_stream_steps
         return self._loop.submit(request)
 
     def abort(self, request_id: int) -> bool:
         """Ends a request; the next step returns what it has. False if it has ended already."""
-        return self._scheduler.abort(request_id)
+        return self._loop.abort(request_id)
+
+    def take_decided(self, request_id: int) -> list[int]:
+        """Tokens decided since the last call: every surviving candidate shares them, so the output
+        will too. None once the request has ended; its output has the rest."""
+        return self._scheduler.take_decided(request_id).tolist()
 
     def step(self) -> list[Ended]:
-        """Runs one burst and the scoring behind it.
+        """Runs one burst and the scoring behind it; or waits, where all that is left are calls of
+        scorers on their threads.
 
         Returns:
             The requests that ended: (request id, output, or the error that it failed with).
@@ -332,8 +314,13 @@ class Engine:
     def _check_usable(self) -> None:
         if not self._runners:
             raise IVGError("the engine is closed")
-        if self._loop.is_busy:
+        if self._loop.is_called_by_a_scorer:
             raise IVGError("a scorer cannot run the engine that waits for its scores")
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more request may wait."""
+        return self._loop.has_room
 
     @property
     def has_unfinished(self) -> bool:
@@ -349,17 +336,21 @@ class Engine:
                 cannot be compiled.
         """
         self._check_usable()
-        kinds = [params for params in warmup_params() if self._can_serve(params)]
-        for params in kinds:
-            self.generate([WARMUP_PROMPT], params)
-        self.generate([WARMUP_PROMPT] * len(kinds), kinds)
+        warm_up(self)
 
-    def _can_serve(self, params: SearchParams) -> bool:
+    def can_serve(self, params: SearchParams) -> bool:
+        """Whether a request with these would be accepted."""
         try:
             self._loop.check(self._factory.create([WARMUP_PROMPT], params, None))
         except IVGError:
             return False
         return True
+
+    def use_scorer_threads(self) -> None:
+        """Has callables run on threads of their own, also without a `scorer_timeout_s`."""
+        if self.has_unfinished:
+            raise IVGError("an engine with requests cannot change how they are scored")
+        self._loop.use_scorer_threads(self.config.scorer_timeout_s)
 
     # --- life ------------------------------------------------------------------------------------
 

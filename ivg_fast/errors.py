@@ -59,5 +59,9 @@ class NonFiniteLogitsError(IVGError):
     row)."""
 
 
+class EngineStoppedError(IVGError):
+    """An AsyncEngine that has been shut down, or whose thread has failed: `__cause__` is why."""
+
+
 class ScorerError(IVGError):
     """A scorer raised, or did not return one finite number a candidate."""

@@ -4,21 +4,31 @@ fails."""
 
 from __future__ import annotations
 
+import math
+import threading
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
 
 from ivg_fast.burst import BurstRunner
 from ivg_fast.draws import BurstResult
+from ivg_fast.models.text_value import TextValueModel
+from ivg_fast.models.values import call_scorer
 from ivg_fast.outputs import RequestOutput
-from ivg_fast.params import EngineConfig
+from ivg_fast.params import EngineConfig, ScoreInput, Scorer
 from ivg_fast.request import LiveRequest
+from ivg_fast.scorer_threads import ScorerThreads
 from ivg_fast.scoring import ChunkScorer
 
+# Calls a request's scorer; None: its scores come later.
+CallScorer = Callable[[LiveRequest, Scorer, list[ScoreInput]], NDArray[np.float64] | None]
 # A request that has ended: its id, and its output or what it failed with.
 Ended = tuple[int, RequestOutput | BaseException]
 
@@ -26,9 +36,12 @@ Ended = tuple[int, RequestOutput | BaseException]
 class RequestLoop:
     """Takes requests, runs them burst by burst, and hands out what has ended.
 
+    `submit`, `abort` and `has_room` are for any thread, the rest for the one that steps.
+
     Args:
         scheduler: the C++ scheduler.
-        burst, scorer: execute its plans.
+        burst: executes its plans.
+        make_scorer: makes what executes its score plans, given a way to call scorers.
         tokenizer: the base model's, for the outputs' texts.
         config: of the engine.
 
@@ -41,19 +54,33 @@ class RequestLoop:
         self,
         scheduler: Any,
         burst: BurstRunner,
-        scorer: ChunkScorer,
+        make_scorer: Callable[[CallScorer], ChunkScorer],
         tokenizer: Any,
         config: EngineConfig,
     ) -> None:
         self._scheduler = scheduler
         self._burst = burst
-        self._scorer = scorer
+        self._scorer = make_scorer(self._call_scorer)
         self._tokenizer = tokenizer
         self._num_threads = config.num_threads
         self._max_queued = config.max_queued_requests
         self._live: dict[int, LiveRequest] = {}
+        self._lock = threading.Lock()  # a request in a plan is in _live too
+        self._wake = threading.Event()
+        self._threads: ScorerThreads | None = None
+        if config.scorer_timeout_s is not None:
+            self.use_scorer_threads(config.scorer_timeout_s)
         self.uncollected: list[Ended] = []
         self.is_busy = False
+
+    def use_scorer_threads(self, timeout_s: float | None) -> None:
+        """From now on callables run on threads of their own, beside the steps."""
+        self._threads = ScorerThreads(timeout_s, self._wake.set)
+
+    @property
+    def is_called_by_a_scorer(self) -> bool:
+        """Whether a scorer asks that the engine waits for."""
+        return self.is_busy or (self._threads is not None and self._threads.is_current())
 
     @property
     def has_unfinished(self) -> bool:
@@ -77,12 +104,58 @@ class RequestLoop:
         Raises:
             InvalidParameterError, CapacityError, QueueFullError: it is not queued.
         """
-        request.request_id = self._scheduler.add_request(**request.spec())
-        self._live[request.request_id] = request
+        is_model = isinstance(request.text_scorer, TextValueModel)  # it cannot hang
+        request.is_scored_late = (
+            self._threads is not None and request.text_scorer is not None and not is_model
+        )
+        with self._lock:
+            request.request_id = self._scheduler.add_request(**request.spec())
+            self._live[request.request_id] = request
+        self._wake.set()
         return request.request_id
 
+    def abort(self, request_id: int) -> bool:
+        """Ends a request; the next step returns what it has. False if it has ended already."""
+        is_live = self._scheduler.abort(request_id)
+        self._wake.set()
+        return is_live
+
+    def run_all(self, requests: Sequence[LiveRequest], use_tqdm: bool) -> list[RequestOutput]:
+        """Runs these to their ends, beside what is there already; see Engine.generate."""
+        self.check(requests)
+        outputs: dict[int, RequestOutput] = {}
+        failures: list[tuple[int, BaseException]] = []
+        ids: dict[int, int] = {}
+        pending = deque(enumerate(requests))
+        try:
+            with tqdm(total=len(requests), desc="ivg", unit="prompt", disable=not use_tqdm) as bar:
+                while pending or ids:
+                    while pending and self.has_room:
+                        index, request = pending.popleft()
+                        ids[self.submit(request)] = index
+                    for request_id, output in self.run_step():
+                        if request_id not in ids:
+                            self.uncollected.append((request_id, output))
+                            continue
+                        index = ids.pop(request_id)
+                        if isinstance(output, RequestOutput):
+                            outputs[index] = output
+                        else:
+                            failures.append((index, output))
+                        bar.update()
+        finally:
+            self.drop(ids)
+        if failures:
+            index, error = min(failures, key=lambda failure: failure[0])
+            error.add_note(f"prompt {index} of {len(requests)} failed")
+            every = [outputs.get(i) for i in range(len(requests))]
+            vars(error).update(outputs=every, failures=dict(failures))
+            raise error
+        return [outputs[i] for i in range(len(requests))]
+
     def step(self) -> list[Ended]:
-        """Runs one burst and the scoring behind it; what has ended since the last call."""
+        """Runs one burst and the scoring behind it, or, where there is nothing but scorers to wait
+        for, waits for one; what has ended since the last call."""
         ended, self.uncollected = self.uncollected, []
         try:
             return ended + self.run_step()
@@ -92,13 +165,36 @@ class RequestLoop:
 
     def run_step(self) -> list[Ended]:
         """Like `step`, but leaves alone what waits from before."""
+        self._wake.clear()  # what happens from here on wakes a wait
+        self._end_overdue()
+        self._take_late_scores()
+        with self._lock:
+            plan = self._scheduler.plan()
+            prefill = [self._live[i] for i in plan.prefill_request_ids.tolist()]
+            taking_part = [self._live[i] for i in plan.request_ids.tolist()]
+        if prefill or taking_part:
+            self._run_burst(plan, prefill, taking_part)
+            self._score()
+        ended = self._collect()
+        if not (ended or prefill or taking_part):
+            self._wait_for_scores()
+        for _, output in ended:
+            if not isinstance(output, RequestOutput | Exception):
+                self.uncollected += ended
+                raise output
+        return ended
+
+    def _end_overdue(self) -> None:
         now = time.monotonic()
-        for request in self._live.values():
+        with self._lock:
+            live = list(self._live.values())
+        for request in live:
             if request.deadline is not None and now >= request.deadline:
                 self._scheduler.abort(request.request_id, is_deadline=True)
-        plan = self._scheduler.plan()
-        prefill = [self._live[i] for i in plan.prefill_request_ids.tolist()]
-        taking_part = [self._live[i] for i in plan.request_ids.tolist()]
+
+    def _run_burst(
+        self, plan: Any, prefill: list[LiveRequest], taking_part: list[LiveRequest]
+    ) -> None:
         result = BurstResult.empty(0, len(plan.sample_request))
         with self._failing((*taking_part, *prefill)):
             result = self._burst.run(plan, taking_part, prefill, self._scheduler.history)
@@ -112,13 +208,6 @@ class RequestLoop:
                 result.finish,
                 result.stop_index,
             )
-        self._score()
-        ended = self._collect()
-        for _, output in ended:
-            if not isinstance(output, RequestOutput | Exception):
-                self.uncollected += ended
-                raise output
-        return ended
 
     def _score(self) -> None:
         plan = self._scheduler.plan_scores()
@@ -132,11 +221,42 @@ class RequestLoop:
         for request, num_rows in zip(requests, plan.num_rows.tolist(), strict=True):
             mine = slice(begin, begin + num_rows)
             begin += num_rows
-            if request.error is None:
+            if request.error is None and not request.is_scored_late:
                 measured = (
                     rewards[mine] if rewards is not None and request.is_scored_by_pair else None
                 )
                 self._scheduler.commit_scores(request.request_id, scores[mine], measured)
+
+    def _call_scorer(
+        self, request: LiveRequest, scorer: Scorer, inputs: list[ScoreInput]
+    ) -> NDArray[np.float64] | None:
+        if not request.is_scored_late:
+            return call_scorer(scorer, inputs)
+        assert self._threads is not None
+        self._threads.start(request.request_id, scorer, inputs)
+        return None
+
+    def _take_late_scores(self) -> None:
+        if self._threads is None or not self._threads.has_calls:
+            return
+        for request_id, outcome in self._threads.take_ended():
+            request = self._live.get(request_id)
+            if request is None:
+                continue  # it has ended meanwhile
+            if isinstance(outcome, BaseException):
+                request.error = outcome
+                self._scheduler.abort(request_id)
+            else:
+                self._scheduler.commit_scores(request_id, outcome)
+
+    def _wait_for_scores(self) -> None:
+        """Nothing runs before a scorer is done, a deadline is over, or somebody asks for more."""
+        if self._threads is None or not self._threads.has_calls:
+            return
+        with self._lock:
+            deadlines = [r.deadline for r in self._live.values() if r.deadline is not None]
+        timeout_s = min([self._threads.deadline, *deadlines]) - time.monotonic()
+        self._wake.wait(None if timeout_s == math.inf else max(0.0, timeout_s))
 
     @contextmanager
     def _failing(self, requests: Sequence[LiveRequest]) -> Iterator[None]:
@@ -162,6 +282,8 @@ class RequestLoop:
         for request_id in self._scheduler.take_finished():
             result = self._scheduler.take_result(request_id)
             request = self._live.pop(request_id)
+            if request.is_scored_late and self._threads is not None:
+                self._threads.forget(request_id)
             output: RequestOutput | BaseException | None = request.error
             if output is None:
                 try:

@@ -277,14 +277,18 @@ class EngineConfig:
         max_num_rows: candidates that run at a time, over all requests.
         max_burst_steps: decode steps between two looks of the host at most. Results do not depend
             on it.
+        max_stream_steps: the same for bursts with a streamed request of a single candidate, whose
+            tokens come burst by burst: at most that many decode steps and one piece of a prompt lie
+            between two events of it. (A search decides tokens at its selections.)
         max_join_steps: a newcomer waits for the boundary of the requests of its chunk length,
             unless that is more steps away than this; None: always.
         max_queued_requests: requests that may wait; None: no limit.
         max_prefill_tokens: prompt tokens that a role reads in one step; longer prompts take several
             steps, between which others decode.
         scorer_timeout_s: seconds that a callable may take for a request's candidates: it runs on a
-            thread of its own then, and past that time its request fails and the thread is left to
-            itself; None: as long as it takes, on the engine's thread.
+            thread of its own then, others decode meanwhile, and past that time its request fails
+            and the thread is left to itself; None: as long as it takes, on the engine's thread (of
+            an AsyncEngine: on one of its own).
         num_threads: CPU threads of a step, of models and kernels; None: torch.get_num_threads().
         compile: run the models through torch.compile: minutes at the start (`Engine.warmup` takes
             them beforehand), shorter steps after it.
@@ -294,6 +298,7 @@ class EngineConfig:
     kv_memory_fraction: float = 0.5
     max_num_rows: int = 256
     max_burst_steps: int = 16
+    max_stream_steps: int = 4
     max_join_steps: int | None = None
     max_queued_requests: int | None = None
     max_prefill_tokens: int = 2048
@@ -304,6 +309,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _integer("max_num_rows", self.max_num_rows, 1, _MAX_COUNT)
         _integer("max_burst_steps", self.max_burst_steps, 1, _MAX_COUNT)
+        _integer("max_stream_steps", self.max_stream_steps, 1, _MAX_COUNT)
         _integer("max_prefill_tokens", self.max_prefill_tokens, 1, _MAX_COUNT)
         _number("kv_memory_fraction", self.kv_memory_fraction, 0.0, 1.0, open_low=True)
         _flag("compile", self.compile)

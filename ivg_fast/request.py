@@ -59,6 +59,8 @@ class LiveRequest:
             outputs sampling had in hand.
         value: the engine's explicit value.
         error: why the request failed; its result is then dropped.
+        is_scored_late: its scorer runs on a thread of its own, and the others go on meanwhile.
+        max_burst_steps: of the bursts that it takes part in; 0: as the engine's config says.
     """
 
     params: SearchParams
@@ -75,6 +77,8 @@ class LiveRequest:
     prompt_outputs: dict[str, Tensor] = field(default_factory=dict)
     stats: SearchStats = field(default_factory=SearchStats)
     error: BaseException | None = None
+    is_scored_late: bool = False
+    max_burst_steps: int = 0
 
     @classmethod
     def create(
@@ -196,6 +200,8 @@ class LiveRequest:
             "dedup_finished": p.dedup_finished,
             "score_eos_on_truncation": p.score_eos_on_truncation,
             "reads_eos": self.reads_eos,
+            "is_scored_late": self.is_scored_late,
+            "max_burst_steps": self.max_burst_steps,
         }
 
     def output(self, result: dict[str, Any], tokenizer: Any) -> RequestOutput:
@@ -218,8 +224,7 @@ class LiveRequest:
             stop_reason = None if tokens[-1] in self.eos_ids else tokens[-1]
         elif candidate["finish"] == FINISH_STOP_TEXT:
             stop = self.params.stop[candidate["stop_index"]]
-            start = _settled_length(tokenizer, tokens, len(tokens) - 1) - len(stop) + 1
-            text = text[: text.index(stop, max(start, 0))]
+            text = before_stop(tokenizer, tokens, stop)
             stop_reason = stop
         wants_tokens = self.params.logprobs
         return CandidateOutput(
@@ -260,6 +265,13 @@ def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
     return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def before_stop(tokenizer: Any, token_ids: Sequence[int], stop: str) -> str:
+    """The text before the stop string that the last token completes."""
+    text = decode(tokenizer, token_ids)
+    start = _settled_length(tokenizer, token_ids, len(token_ids) - 1) - len(stop) + 1
+    return text[: text.index(stop, max(start, 0))]
+
+
 def find_stop(
     tokenizer: Any, token_ids: Sequence[int], num_old: int, stops: Sequence[str], min_tokens: int
 ) -> tuple[int, int] | None:
@@ -276,7 +288,7 @@ def find_stop(
     token_ids, num_before = token_ids[first:], num_old - first
     whole = decode(tokenizer, token_ids)
     # A character that is not whole yet may hide those before it: see _settled_length.
-    if not whole.endswith(_NOT_WHOLE) and not any(stop in whole for stop in stops):
+    if not whole.endswith(NOT_WHOLE) and not any(stop in whole for stop in stops):
         return None
     settled = _settled_length(tokenizer, token_ids, num_before)
     for end in range(num_before + 1, len(token_ids) + 1):
@@ -285,29 +297,29 @@ def find_stop(
             for index, stop in enumerate(stops):
                 if text.find(stop, max(0, settled - len(stop) + 1)) >= 0:
                     return first + end, index
-        settled = max(settled, len(text.rstrip(_NOT_WHOLE)))
+        settled = max(settled, len(text.rstrip(NOT_WHOLE)))
     return None
 
 
 # What a decoder writes for bytes that are no character, or not one yet.
-_NOT_WHOLE = "\ufffd"
+NOT_WHOLE = "\ufffd"
 
 
 def _settled_length(tokenizer: Any, token_ids: Sequence[int], end: int) -> int:
     """Characters of token_ids[:end] that further tokens will not change.
 
     The bytes of the last character may be missing, three of them at most, and a byte-fallback
-    decoder then writes _NOT_WHOLE for each byte of the run that they stand in, whole characters
+    decoder then writes NOT_WHOLE for each byte of the run that they stand in, whole characters
     before them included.
     """
     texts = (decode(tokenizer, token_ids[:n]) for n in range(max(end - 3, 0), end + 1))
-    return max(len(text.rstrip(_NOT_WHOLE)) for text in texts)
+    return max(len(text.rstrip(NOT_WHOLE)) for text in texts)
 
 
 def _character_start(tokenizer: Any, token_ids: Sequence[int], first: int) -> int:
     """`first`, or up to three tokens before it, so that no character is cut in two there."""
     for start in range(first, max(first - 4, -1), -1):
         starts = (decode(tokenizer, token_ids[start : start + n]) for n in range(1, 5))
-        if any(_NOT_WHOLE not in text for text in starts):
+        if any(NOT_WHOLE not in text for text in starts):
             return start
     return first

@@ -16,7 +16,7 @@ from ivg_fast.batches import Int32s, Ints, extension_batch
 from ivg_fast.burst import History
 from ivg_fast.errors import ScorerError
 from ivg_fast.models.runner import ModelRunner
-from ivg_fast.models.values import TokenScorer, call_scorer
+from ivg_fast.models.values import TokenScorer
 from ivg_fast.params import ScoreInput, Scorer
 from ivg_fast.request import FINISH_NONE, FINISH_STOP, GUIDES, LiveRequest, decode
 
@@ -35,7 +35,7 @@ class ChunkScorer:
         eos_id: the token that is scored behind a response which ended without one; None if there is
             none.
         tokenizer: for callables.
-        call: calls them, as `call_scorer` does.
+        call: calls them for a request; None where the scores come later.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ChunkScorer:
         token_scorer: TokenScorer,
         eos_id: int | None,
         tokenizer: Any,
-        call: Callable[[Scorer, list[ScoreInput]], Floats] = call_scorer,
+        call: Callable[[LiveRequest, Scorer, list[ScoreInput]], Floats | None],
     ) -> None:
         self._runners = runners
         self._call = call
@@ -62,7 +62,8 @@ class ChunkScorer:
             history: tokens of a candidate.
 
         Returns:
-            See Scores. A request whose scores cannot be had has its `error` set.
+            See Scores; those that come later are 0 here. A request whose scores cannot be had has
+            its `error` set.
         """
         scores = np.zeros(len(plan.row_request))
         rewards: NDArray[np.float32] | None = None
@@ -89,7 +90,9 @@ class ChunkScorer:
         for request, mine, texts in zip(requests, slices, inputs, strict=True):
             try:
                 if request.text_scorer is not None:
-                    scores[mine] = self._call(request.text_scorer, texts)
+                    given = self._call(request, request.text_scorer, texts)
+                    if given is not None:
+                        scores[mine] = given
                 elif not np.isfinite(scores[mine]).all():
                     raise ScorerError(
                         f"scorer {request.params.scorer!r} must give finite scores, got "

@@ -5,11 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from ivg_fast.params import Guidance, SearchParams
 
+if TYPE_CHECKING:
+    from ivg_fast.engine import Engine
+
 WARMUP_PROMPT = (0, 0)
+
+
+def warm_up(engine: Engine) -> None:
+    """Runs every kind of request that the engine serves, alone and together."""
+    kinds = [params for params in warmup_params() if engine.can_serve(params)]
+    for params in kinds:
+        engine.generate([WARMUP_PROMPT], params)
+    engine.generate([WARMUP_PROMPT] * len(kinds), kinds)
 
 
 def warmup_params() -> Iterator[SearchParams]:

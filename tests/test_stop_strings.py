@@ -74,7 +74,7 @@ def test_stops_across_bytes_at_every_burst_length(kind: str, seed: int) -> None:
             assert got == (None if wanted is None else (wanted, 0)), (stop, steps, min_tokens)
 
 
-class _Recites(torch.nn.Module):
+class Recites(torch.nn.Module):
     """An LM head that says the given ids, one a call."""
 
     def __init__(self, ids: Sequence[int], width: int) -> None:
@@ -96,7 +96,7 @@ def test_the_text_is_cut_before_a_stop_of_several_bytes(kind: str, max_burst_ste
     model = tiny_model("gpt2", vocab_size=300, eos_token_id=None)
     config = EngineConfig(num_blocks=20, max_burst_steps=max_burst_steps)
     with Engine(model, tokenizer, config=config) as engine:
-        model.lm_head = _Recites(ids, 300)
+        model.lm_head = Recites(ids, 300)
         params = SearchParams(max_tokens=len(ids), temperature=0.0, stop="。")
         (output,) = engine.generate([[1, 2]], params)
     assert output.outputs[0].text == "我喜欢"

@@ -221,7 +221,7 @@ void bind_scheduler(py::module_& m) {
              uint32_t settle_roles, int32_t guidance, int32_t beam_width, int32_t num_candidates,
              int32_t chunk_length, int32_t max_tokens, int32_t num_outputs, uint64_t seed,
              bool has_scorer, bool dedup_finished, bool score_eos_on_truncation, bool reads_eos,
-             bool only_check) {
+             bool is_scored_late, int32_t max_burst_steps, bool only_check) {
             RequestSpec spec;
             spec.prompt_lens = std::move(prompt_lens);
             spec.step_roles = step_roles;
@@ -237,6 +237,8 @@ void bind_scheduler(py::module_& m) {
             spec.dedup_finished = dedup_finished;
             spec.score_eos_on_truncation = score_eos_on_truncation;
             spec.reads_eos = reads_eos;
+            spec.is_scored_late = is_scored_late;
+            spec.max_burst_steps = max_burst_steps;
             if (!only_check) return s.add_request(std::move(spec));
             s.check_request(std::move(spec));
             return int64_t{-1};
@@ -246,7 +248,8 @@ void bind_scheduler(py::module_& m) {
           py::arg("num_candidates") = 1, py::arg("chunk_length") = 0, py::arg("max_tokens"),
           py::arg("num_outputs") = 1, py::arg("seed") = 0, py::arg("has_scorer") = false,
           py::arg("dedup_finished") = false, py::arg("score_eos_on_truncation") = false,
-          py::arg("reads_eos") = false, py::arg("only_check") = false)
+          py::arg("reads_eos") = false, py::arg("is_scored_late") = false,
+          py::arg("max_burst_steps") = 0, py::arg("only_check") = false)
       .def(
           "abort",
           [](Scheduler& s, int64_t request_id, bool is_deadline) {
@@ -319,6 +322,13 @@ void bind_scheduler(py::module_& m) {
             return tokens;
           },
           py::arg("request_id"), py::arg("candidate_id"))
+      .def(
+          "take_decided",
+          [](Scheduler& s, int64_t request_id) {
+            const std::vector<int32_t> tokens = s.take_decided(request_id);
+            return Array<int32_t>(static_cast<py::ssize_t>(tokens.size()), tokens.data());
+          },
+          py::arg("request_id"))
       .def("take_finished", &Scheduler::take_finished)
       .def(
           "take_result",

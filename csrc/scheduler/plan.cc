@@ -42,19 +42,21 @@ void ScorePlan::clear() {
 }
 
 // A chunk starts together with its cohort: not while a request of equal chunk length is inside a
-// chunk that ends soon enough to wait for.
+// chunk that ends soon enough to wait for. One that is scored late leaves the others at its
+// boundary: two of that kind would take turns for ever if they waited for each other.
 bool Scheduler::may_start(const Request& request) const {
   const int32_t L = request.search.spec.chunk_length;
   if (L == 0) return true;
   return std::none_of(running_.begin(), running_.end(), [&](const std::unique_ptr<Request>& other) {
     if (other->state != State::kRunning || other->search.spec.chunk_length != L) return false;
+    if (other->search.spec.is_scored_late) return false;
     const int32_t to_boundary = other->search.steps_to_boundary();
-    return config_.max_join_steps < 0 || to_boundary <= config_.max_join_steps;
+    return config_.max_join_steps < 0 || request.num_waited + to_boundary <= config_.max_join_steps;
   });
 }
 
-// Up to the nearest cohort's boundary. A request that ends before it (max_tokens) is a pad until
-// then.
+// Up to the nearest cohort's boundary, and no longer than any of them wants. A request that ends
+// before it (max_tokens) is a pad until then.
 int32_t Scheduler::burst_steps(const std::vector<Request*>& taking_part) const {
   int32_t to_boundary = config_.max_burst_steps;
   int32_t longest = 0;
@@ -64,6 +66,9 @@ int32_t Scheduler::burst_steps(const std::vector<Request*>& taking_part) const {
     const int32_t length = search.length();
     if (search.spec.chunk_length > 0) {
       to_boundary = std::min(to_boundary, search.spec.chunk_length - chunk_step);
+    }
+    if (search.spec.max_burst_steps > 0) {
+      to_boundary = std::min(to_boundary, search.spec.max_burst_steps);
     }
     longest = std::max(longest, search.spec.max_tokens - length);
   }
@@ -84,12 +89,13 @@ const BurstPlan& Scheduler::plan() {
         std::max(plan_.table_width, spec.prompt_blocks() + blocks_for(spec.max_length()));
   }
   plan_prefill();
-  std::vector<Request*> taking_part;
+  std::vector<Request*> taking_part, held_back;
   for (const auto& request : running_) {
     const bool is_prefilled = request->num_prefilled == request->search.spec.longest_prompt();
-    if (request->state == State::kRunning ||
-        (request->state == State::kReady && is_prefilled && may_start(*request))) {
+    if (request->state == State::kRunning) {
       taking_part.push_back(request.get());
+    } else if (request->state == State::kReady && is_prefilled) {
+      (may_start(*request) ? taking_part : held_back).push_back(request.get());
     }
   }
   // Contiguous by guidance, and those that start from their prompt's logits last: one call of the
@@ -103,7 +109,13 @@ const BurstPlan& Scheduler::plan() {
   });
 
   plan_.num_steps = burst_steps(taking_part);
+  if (config_.max_join_steps >= 0) {
+    for (const Request* request : held_back) {  // at least 1 is left of what it may wait
+      plan_.num_steps = std::min(plan_.num_steps, config_.max_join_steps - request->num_waited);
+    }
+  }
   for (Request* request : taking_part) plan_request(request);
+  for (Request* request : held_back) request->num_waited += plan_.num_steps;
 
   const size_t num_samples = plan_.sample_request.size();
   plan_.sample_slots.assign(static_cast<size_t>(plan_.num_steps) * num_samples, -1);
@@ -192,6 +204,7 @@ void Scheduler::plan_request(Request* request) {
   plan_.prompt_blocks.push_back(spec.prompt_blocks());
   plan_.num_samples.push_back(num_samples);
   request->state = State::kRunning;
+  request->num_waited = 0;
   request->is_in_flight = true;
 }
 

@@ -64,6 +64,8 @@ void Scheduler::validate(const RequestSpec& spec) const {
           "must be in [1, 2^24]");
   require(spec.num_outputs >= 1 && spec.num_outputs <= spec.pool_size(), "num_outputs",
           spec.num_outputs, "must be in [1, beam_width * num_candidates]");
+  require(spec.max_burst_steps >= 0, "max_burst_steps", spec.max_burst_steps,
+          "must be positive, or 0 for none");
   require(spec.guidance >= 0, "guidance", spec.guidance, "must not be negative");
 }
 
@@ -159,6 +161,15 @@ std::vector<TokenRecord> Scheduler::history(int64_t request_id, int32_t candidat
     if (candidate.id == candidate_id) return candidate.history();
   }
   throw InvalidParameter("candidate_id", candidate_id, "must be in the request's pool");
+}
+
+std::vector<int32_t> Scheduler::take_decided(int64_t request_id) {
+  const std::lock_guard lock(mutex_);
+  check_given_out(request_id);
+  std::vector<int32_t> tokens;
+  const auto it = live_.find(request_id);
+  if (it != live_.end()) it->second->search.take_decided(&tokens);
+  return tokens;
 }
 
 std::vector<int64_t> Scheduler::take_finished() {

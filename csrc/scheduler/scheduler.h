@@ -158,6 +158,10 @@ class Scheduler {
   // What a candidate of a live request's pool has committed, oldest first.
   std::vector<TokenRecord> history(int64_t request_id, int32_t candidate_id) const;
 
+  // Tokens of a request that have been decided since the last call; none once it has ended, as its
+  // result then tells the rest. See Search::take_decided.
+  std::vector<int32_t> take_decided(int64_t request_id);
+
   // Requests that have ended since the last call, in the order in which they did.
   std::vector<int64_t> take_finished();
   // The result of an ended request, once.
@@ -177,9 +181,10 @@ class Scheduler {
     int64_t id;
     Search search;
     State state = State::kWaiting;
-    int32_t num_prefilled = 0;            // of the longest prompt's tokens
-    bool is_handed_out = false;           // scoring: its rows were in a score plan
-    bool is_in_flight = false;            // part of the plan that runs now
+    int32_t num_prefilled = 0;   // of the longest prompt's tokens
+    int32_t num_waited = 0;      // steps that others have taken while it could have started
+    bool is_handed_out = false;  // scoring: its rows were in a score plan
+    bool is_in_flight = false;   // part of the plan that runs now
     Finish abort_reason = Finish::kNone;  // to be ended at the commit
   };
 

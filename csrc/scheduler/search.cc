@@ -178,6 +178,7 @@ bool is_better(const Candidate* a, const Candidate* b) {
 
 bool Search::select() {
   ++num_selections;
+  has_diverged_ = false;
   std::vector<Candidate*> order;
   order.reserve(pool.size());
   for (Candidate& candidate : pool) order.push_back(&candidate);
@@ -198,6 +199,66 @@ bool Search::select() {
   move_in_order(order, &survivors);
   pool.clear();
   return false;
+}
+
+namespace {
+
+// Until where in [begin, end) the candidate says the same as `tail`, which holds those tokens of
+// `other`.
+int32_t shared_until(const Candidate& candidate, const Candidate& other,
+                     const std::vector<int32_t>& tail, int32_t begin, int32_t end) {
+  int32_t start = candidate.length;
+  const auto compare = [&](const std::vector<TokenRecord>& records) {
+    const int32_t stop = start;
+    start -= static_cast<int32_t>(records.size());
+    for (int32_t t = std::max(start, begin); t < std::min(stop, end); ++t) {
+      if (records[t - start].token != tail[t - begin]) end = t;
+    }
+  };
+  compare(candidate.recent);
+  const Segment* segment = candidate.past.get();
+  // A past that both have needs no look.
+  while (segment != nullptr && segment != other.past.get() && start > begin) {
+    compare(segment->records);
+    segment = segment->parent.get();
+  }
+  return end;
+}
+
+}  // namespace
+
+void Search::take_decided(std::vector<int32_t>* tokens) {
+  const std::vector<Candidate>& alive = pool.empty() ? survivors : pool;
+  if (alive.empty() || has_diverged_) return;
+  const int32_t begin = num_decided_;
+  int32_t end = alive.front().length;
+  for (const Candidate& candidate : alive) {
+    end = std::min(end, candidate.length - candidate.is_finished());
+    has_diverged_ |= candidate.is_finished();  // its tokens have an end
+  }
+  if (end <= begin) return;
+  const Candidate& first = alive.front();
+  std::vector<int32_t> tail(end - begin);
+  int32_t start = first.length;
+  const auto copy = [&](const std::vector<TokenRecord>& records) {
+    const int32_t stop = start;
+    start -= static_cast<int32_t>(records.size());
+    for (int32_t t = std::max(start, begin); t < std::min(stop, end); ++t) {
+      tail[t - begin] = records[t - start].token;
+    }
+  };
+  copy(first.recent);
+  for (const Segment* segment = first.past.get(); segment != nullptr && start > begin;
+       segment = segment->parent.get()) {
+    copy(segment->records);
+  }
+  const int32_t num_comparable = end;
+  for (size_t i = 1; i < alive.size() && end > begin; ++i) {
+    end = shared_until(alive[i], first, tail, begin, end);
+  }
+  has_diverged_ |= end < num_comparable;
+  tokens->insert(tokens->end(), tail.begin(), tail.begin() + (end - begin));
+  num_decided_ = end;
 }
 
 void Search::finalize(Finish reason) {

@@ -84,6 +84,9 @@ struct RequestSpec {
   bool dedup_finished = false;
   bool score_eos_on_truncation = false;
   bool reads_eos = false;  // the scorer also writes the end of text that it reads behind a response
+  bool is_scored_late =
+      false;  // others run on while it is scored, so nobody waits for its boundary
+  int32_t max_burst_steps = 0;  // of the bursts it takes part in; 0: as the scheduler says
 
   // Slots that a row can need.
   int32_t max_length() const { return max_tokens + reads_eos; }
@@ -132,6 +135,10 @@ class Search {
   // over: the pool is then its result, best first, clones reported once, at most `num_outputs`, and
   // what the end has left unfinished is kAbort.
   bool select();
+  // Appends the tokens that have been decided since the last call: those that every candidate
+  // shares, so that no selection can take them back. The last token of a finished candidate is left
+  // for its result. Between two selections what has been compared once is not compared again.
+  void take_decided(std::vector<int32_t>* tokens);
   // Ends the search here, whatever has been scored: every unfinished candidate gets `reason`.
   void finalize(Finish reason);
 
@@ -142,6 +149,8 @@ class Search {
   void release_all();
 
   BlockPool* blocks_;
+  int32_t num_decided_ = 0;    // tokens taken
+  bool has_diverged_ = false;  // nothing more can be decided before the next selection
   // Buffers of dropped candidates: W*K rows come and go at every fork, and the allocator of the C
   // library would take longer than all the rest.
   std::vector<std::vector<int32_t>> spare_tables_;
