@@ -53,8 +53,15 @@ def test_where_it_does_not_pay_linear_layers_stay() -> None:
     assert own_forwards(bfloat16) == []
 
 
-def test_a_runner_has_them_while_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_modules, "packing_pays", lambda: True)
+def test_a_large_model_is_not_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    assert fast_modules.packing_pays(model)
+    monkeypatch.setattr(fast_modules, "MAX_PACKED_BYTES", 1000)
+    FastModules(model).install()
+    assert own_forwards(model) == []
+
+
+def test_a_runner_has_them_while_it_lives() -> None:
     model = tiny_model("gpt2")
     first, second = (ModelRunner(model, role=role) for role in ("tuned", "untuned"))
     assert own_forwards(model)
