@@ -407,7 +407,9 @@ def test_shutdown_without_draining(released: threading.Event) -> None:
 
     async def run() -> None:
         served = AsyncEngine(make_engine(max_num_rows=8))
-        params = SearchParams.cbs(max_tokens=8, num_candidates=2, chunk_length=4, scorer=hangs)
+        params = SearchParams.cbs(
+            max_tokens=8, num_candidates=2, chunk_length=4, scorer=hangs, ignore_eos=True
+        )
         streams = [asyncio.ensure_future(collect(served, "hello", params)) for _ in range(8)]
         await asyncio.sleep(0.05)
         draining = asyncio.ensure_future(served.shutdown())
