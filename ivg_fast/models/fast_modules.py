@@ -34,21 +34,26 @@ class FastModules:
     """
 
     def __init__(self, model: nn.Module, *, can_pack: bool | None = None) -> None:
-        if can_pack is None:
-            can_pack = packing_pays(model)
-        found = ((module, _fast_forward(module, can_pack)) for module in model.modules())
-        self._forwards = {module: forward for module, forward in found if forward is not None}
+        self._modules = list(model.modules())
+        self._can_pack = packing_pays(model) if can_pack is None else can_pack
+        self._forwards: dict[nn.Module, Any] = {}
 
     def install(self) -> None:
         """From now on the modules run their faster forms."""
-        for module, forward in self._forwards.items():
-            # One that has a forward of its own has it from another runner, or from its owner.
-            vars(module).setdefault("forward", forward)
+        for module in self._modules:
+            # One that has a forward of its own has it from another runner, or from its owner: it is
+            # not packed a second time either.
+            if "forward" in vars(module):
+                continue
+            if module not in self._forwards:
+                self._forwards[module] = _fast_forward(module, self._can_pack)
+            if self._forwards[module] is not None:
+                vars(module)["forward"] = self._forwards[module]
 
     def remove(self) -> None:
         """Gives every module its own forward back; twice is fine."""
         for module, forward in self._forwards.items():
-            if vars(module).get("forward") is forward:
+            if forward is not None and vars(module).get("forward") is forward:
                 del vars(module)["forward"]
 
 
@@ -61,6 +66,7 @@ def packing_pays(model: nn.Module) -> bool:
 
 
 def _fast_forward(module: nn.Module, can_pack: bool) -> Any:
+    """The faster form; None: there is none."""
     if isinstance(module, NewGELUActivation):
         return _gelu_tanh
     if type(module) is nn.Dropout:
@@ -68,35 +74,30 @@ def _fast_forward(module: nn.Module, can_pack: bool) -> Any:
     is_transposed = type(module) is Conv1D
     if not is_transposed and type(module) is not nn.Linear:
         return None
-    weight: Any = module.weight
-    is_plain = type(weight) is nn.Parameter and type(weight.data) is torch.Tensor  # not quantised
-    if can_pack and is_plain and weight.device.type == "cpu" and weight.dtype == torch.float32:
-        return _packed_forward(module, weight.T if is_transposed else weight)
-    return _conv1d_forward(module) if is_transposed else None
-
-
-def _identity(x: torch.Tensor) -> torch.Tensor:
-    return x
-
-
-def _conv1d_forward(module: Any) -> Any:
-    weight, bias = module.weight.T, module.bias  # a view: the weights stay where they are
-    return lambda x: functional.linear(x, weight, bias)
+    linear: Any = module
+    stored, bias = linear.weight, linear.bias
+    weight = stored.T if is_transposed else stored  # a view, [out, in]
+    is_plain = type(stored) is nn.Parameter and type(stored.data) is torch.Tensor  # not quantised
+    if can_pack and is_plain and stored.device.type == "cpu" and stored.dtype == torch.float32:
+        return _packed_linear(weight.detach(), None if bias is None else bias.detach())
+    return (lambda x: functional.linear(x, weight, bias)) if is_transposed else None
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return functional.gelu(x, approximate="tanh")
 
 
-def _packed_forward(module: Any, weight: torch.Tensor) -> Any:
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _packed_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
     """x [..., in] -> [..., out] with weight [out, in] in oneDNN's layout."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
-    bias = None if module.bias is None else module.bias.detach()
-    plain = type(module).forward
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         if x.numel() == x.shape[-1]:
-            return plain(module, x)
+            return functional.linear(x, weight, bias)
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
     return forward

@@ -65,6 +65,7 @@ def test_a_runner_has_them_while_it_lives() -> None:
     model = tiny_model("gpt2")
     first, second = (ModelRunner(model, role=role) for role in ("tuned", "untuned"))
     assert own_forwards(model)
+    assert not any(second._fast_modules._forwards.values())  # nothing is packed twice
     first.close()
     assert not own_forwards(model)
     second.use_attention("ivg_paged")
