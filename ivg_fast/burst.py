@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs one burst: the first, mixed forward (prompts, settled survivors, rows that go on), the
-fork's copies, then the decode steps until the next look of the host."""
+"""Runs one burst: the first, mixed forward, the fork's copies, then the decode steps until the next
+look of the host."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ivg_fast.batches import DecodeRows, Int32s, Int64s, first_batch
+from ivg_fast.batches import DecodeRows, Int32s, Int64s
 from ivg_fast.draws import BurstResult, padded, sampling_arguments
 from ivg_fast.errors import NonFiniteLogitsError
-from ivg_fast.models.batch import ForwardBatch
+from ivg_fast.first_forward import FirstForward, forward_trunk
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.values import TokenScorer
 from ivg_fast.ops.guided_sample import GuidedSample, guided_sample
@@ -76,14 +76,14 @@ class BurstRunner:
         Returns:
             The samples. A request whose logits no token can be drawn from has its `error` set.
         """
-        burst = _Burst(self, plan, requests)
-        burst.forward_first(prefill)
+        burst = _Burst(self, plan, requests, prefill)
         if len(plan.copies):
             self.copy_blocks(plan.copies)
         burst.draw_first()
         burst.decode()
         for request in requests:
             request.prompt_outputs.clear()
+            request.kept_logits.clear()
         for request in prefill:  # one that does not start yet keeps its own rows, not the batch
             request.prompt_outputs = {r: row.clone() for r, row in request.prompt_outputs.items()}
         burst.find_stop_strings(history)
@@ -109,7 +109,13 @@ class _Group:
 class _Burst:
     """One run: the plan's arrays and what has been drawn so far."""
 
-    def __init__(self, owner: BurstRunner, plan: Any, requests: Sequence[LiveRequest]) -> None:
+    def __init__(
+        self,
+        owner: BurstRunner,
+        plan: Any,
+        requests: Sequence[LiveRequest],
+        prefill: Sequence[LiveRequest],
+    ) -> None:
         self.owner = owner
         self.runners = owner.runners
         self.plan = plan
@@ -127,45 +133,11 @@ class _Burst:
         self.is_alive = np.ones(self.num_samples, bool)
         self.num_forwards = np.zeros(self.num_samples, np.int64)
         self.stop_ids = padded([r.stop_ids for r in requests])[self.request_of]
-        # By role, which rows of the plan its first forward held, and the outputs for them.
-        self.rows: dict[str, tuple[Int64s, torch.Tensor]] = {}
+        self.rows = FirstForward(owner.runners, plan, requests, prefill).run()
         # Whose explicit value is measured from the tuned model's hidden states, its trunk's.
         self.is_on_trunk = np.array([r.has_value_on_trunk for r in requests], bool)
 
     # --- the first step ----------------------------------------------------------------------
-
-    def forward_first(self, prefill: Sequence[LiveRequest]) -> None:
-        begins, ends = self.plan.prefill_begin.tolist(), self.plan.prefill_end.tolist()
-        for role, runner in self.runners.items():
-            prompts = {
-                i: request.prompt_ids[role]
-                for i, request in enumerate(prefill)
-                if len(request.prompt_ids.get(role, ())) > begins[i]
-            }
-            rows = np.flatnonzero(self.plan.row_roles & ROLE_BIT[role])
-            if not prompts and not len(rows):
-                continue
-            batch = first_batch(self.plan, self.requests, role, prompts, rows)
-            if role == "value":
-                outputs = {role: runner.hidden(batch)}
-            elif role == "tuned" and any(r.has_value_on_trunk for r in (*self.requests, *prefill)):
-                outputs = self._forward_trunk(batch)
-            else:
-                outputs = {role: runner.forward(batch)}
-            read = [i for i, prompt in prompts.items() if len(prompt) <= ends[i]]
-            for name, output in outputs.items():
-                for i, row in zip(read, output, strict=False):
-                    prefill[i].prompt_outputs[name] = row
-                self.rows[name] = (rows, output[len(read) :])
-            for i, prompt in prompts.items():
-                counts = prefill[i].stats.prefill_tokens
-                counts[role] = counts.get(role, 0) + min(len(prompt), ends[i]) - begins[i]
-
-    def _forward_trunk(self, batch: ForwardBatch) -> dict[str, torch.Tensor]:
-        """The tuned model's logits and what the value's head reads on the trunk that they share."""
-        trunk = self.runners["value"].network
-        logits, states = self.runners["tuned"].forward_with_states(batch, trunk)
-        return {"tuned": logits, "trunk": states}
 
     def draw_first(self) -> None:
         groups = list(self._groups())
@@ -279,7 +251,7 @@ class _Burst:
                     continue
                 batch = of_role.batch(step, drawn)
                 if role == "tuned" and len(on_trunk):
-                    logits.update(self._forward_trunk(batch))
+                    logits.update(forward_trunk(self.runners, batch))
                 else:
                     logits[role] = self.runners[role].forward(batch)
             self.num_forwards[members] += 1
@@ -390,17 +362,8 @@ class _Burst:
             request.last_values[self.candidates[sample]] = result.values[last, sample]
 
     def count(self) -> None:
-        """Adds what was forwarded to each request's counters."""
-        num_requests = len(self.requests)
-        decoded = np.bincount(self.request_of, self.num_forwards, num_requests)
-        for role, (rows, _) in self.rows.items():
-            first = np.bincount(self.row_request[rows], minlength=num_requests).tolist()
-            for request, number in zip(self.requests, first, strict=True):
-                counts = request.stats.score_tokens
-                if role in request.step_roles:
-                    counts = request.stats.decode_tokens
-                if role in request.prompt_ids:
-                    counts[role] = counts.get(role, 0) + number
+        """Adds what the decode steps forwarded to each request's counters."""
+        decoded = np.bincount(self.request_of, self.num_forwards, len(self.requests))
         for request, number in zip(self.requests, decoded.astype(int).tolist(), strict=True):
             counts = request.stats.decode_tokens
             for role in request.step_roles:

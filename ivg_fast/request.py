@@ -53,6 +53,8 @@ class LiveRequest:
         eos_ids: ends of text, none if they are to be ignored.
         prompt_outputs: per role what its forward gave for the prompt's last token (logits [V], or
             the value model's hidden state [H]), from the prefill until the first tokens are drawn.
+        kept_logits: the tuned model's logits [V] behind the last token of each candidate, by the
+            token's slot, where scoring has forwarded it; until survivors' next tokens are drawn.
         first_scores: f64[W*K] by candidate id: the scorer's measure of the first token since the
             last selection, which only the forward that preceded the fork can give.
         last_values: f64[W*K] by candidate id: the score of the last token by a value model whose
@@ -75,6 +77,7 @@ class LiveRequest:
     request_id: int = -1
     deadline: float | None = None
     prompt_outputs: dict[str, Tensor] = field(default_factory=dict)
+    kept_logits: dict[int, Tensor] = field(default_factory=dict)
     stats: SearchStats = field(default_factory=SearchStats)
     error: BaseException | None = None
     is_scored_late: bool = False

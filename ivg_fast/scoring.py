@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ivg_fast.batches import Int32s, Ints, extension_batch
 from ivg_fast.burst import History
 from ivg_fast.errors import ScorerError
+from ivg_fast.models.batch import BLOCK_SIZE
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.values import TokenScorer
 from ivg_fast.params import ScoreInput, Scorer
@@ -75,8 +76,8 @@ class ChunkScorer:
                 scores[rows] = self._by_pair(plan, requests, rows, rewards)
             elif way == "vocabulary":
                 scores[rows] = self._by_vocabulary_head(plan, requests, rows)
-            elif way == "scalar":
-                scores[rows] = self._by_scalar_head(plan, requests, rows)
+            elif way in ("scalar", "trunk"):
+                scores[rows] = self._by_scalar_head(plan, requests, rows, way)
             elif way != "text":
                 scores[rows] = self._in_hand(plan, requests, way, rows)
         scores = scores[plan.row_twin]  # equal tokens score equally, whatever their row rounded to
@@ -136,7 +137,9 @@ class ChunkScorer:
             scores[grown] = self._measure("explicit", outputs, np.arange(len(grown)), tokens)
         return scores
 
-    def _by_scalar_head(self, plan: Any, requests: Sequence[LiveRequest], rows: Ints) -> Floats:
+    def _by_scalar_head(
+        self, plan: Any, requests: Sequence[LiveRequest], rows: Ints, way: str
+    ) -> Floats:
         """V(x, y<=t) = head(h_t): the hidden state at the last token, or at the end of text."""
         adds = plan.row_adds_eos[rows] != 0
         starts, lengths = plan.row_start[rows], plan.row_length[rows]
@@ -144,13 +147,32 @@ class ChunkScorer:
         if adds.any():
             tokens = np.pad(tokens, ((0, 0), (0, 1)), constant_values=-1)
             tokens[rows[adds], (lengths - starts)[adds]] = self._end_of_text()
-        # A trunk that guides has read all but the last token.
-        has_read = np.array([request.is_scored_on_the_trunk for request in requests])
-        starts = np.where(has_read[plan.row_request[rows]], lengths - 1, starts)
-        (states,) = self._extend(
-            plan, requests, "explicit", rows, starts, lengths + adds, tokens, last_only=True
+        if way == "trunk":  # guiding has read all but the last token
+            starts = lengths - 1
+        states, *logits = self._extend(
+            plan,
+            requests,
+            "explicit",
+            rows,
+            starts,
+            lengths + adds,
+            tokens,
+            last_only=True,
+            on_trunk=way == "trunk",
         )
+        for of_rows in logits:
+            self._keep(plan, requests, rows, of_rows)
         return self._scalars(states)
+
+    @staticmethod
+    def _keep(plan: Any, requests: Sequence[LiveRequest], rows: Ints, logits: torch.Tensor) -> None:
+        """Keeps the tuned model's logits [S, V] behind tokens that candidates may go on from."""
+        of_request, last = plan.row_request[rows], plan.row_length[rows] - 1
+        blocks = plan.row_tables[rows, plan.prompt_blocks[of_request] + last // BLOCK_SIZE]
+        slots = blocks * BLOCK_SIZE + last % BLOCK_SIZE
+        goes_on = plan.row_finish[rows] == FINISH_NONE
+        for i in np.flatnonzero(goes_on).tolist():
+            requests[of_request[i]].kept_logits[int(slots[i])] = logits[i]
 
     def _by_pair(
         self,
@@ -208,15 +230,17 @@ class ChunkScorer:
         tokens: Int32s | None = None,
         *,
         last_only: bool = False,
+        on_trunk: bool = False,
     ) -> list[torch.Tensor]:
         """Forwards the response tokens [starts, ends) of the rows through the scorer's roles;
         `tokens` as of extension_batch.
 
         Returns:
-            The outputs of every forwarded token, or of each row's last one, a tensor a role.
+            The outputs of every forwarded token, or of each row's last one, a tensor a role. With
+            `on_trunk` the value's, and the logits of the tuned model that it is read from.
         """
         numbers = np.bincount(plan.row_request[rows], ends - starts, len(requests))
-        outputs = []
+        outputs: list[torch.Tensor] = []
         for role in GUIDES[kind]:
             batch = extension_batch(
                 plan,
@@ -229,7 +253,11 @@ class ChunkScorer:
                 last_only=last_only,
             )
             runner = self._runners[role]
-            outputs.append(runner.hidden(batch) if role == "value" else runner.forward(batch))
+            if on_trunk:
+                tuned = self._runners["tuned"]
+                outputs += reversed(tuned.forward_with_states(batch, runner.network))
+            else:
+                outputs.append(runner.hidden(batch) if role == "value" else runner.forward(batch))
             for request, number in zip(requests, numbers.astype(int).tolist(), strict=True):
                 if number:
                     reader, stats = request.reader(role), request.stats
@@ -251,10 +279,12 @@ class ChunkScorer:
 
 def _way(request: LiveRequest) -> str:
     """How a request is scored: by "text", by what is in hand of "implicit" or "explicit", by the
-    "pair", or by the "vocabulary" or "scalar" head."""
+    "pair", by the "vocabulary" or "scalar" head, or by one that reads the tuned model's "trunk"."""
     scorer = request.params.scorer
     if request.text_scorer is not None:
         return "text"
     if scorer == "implicit":
         return "pair" if request.is_scored_by_pair else "implicit"
-    return "explicit" if request.has_value_in_hand else request.value.kind
+    if request.has_value_in_hand:
+        return "explicit"
+    return "trunk" if request.is_scored_on_the_trunk else request.value.kind

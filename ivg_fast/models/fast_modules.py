@@ -3,10 +3,9 @@
 
 - GPT-2's GELU: eight element-wise operators in transformers, one in torch. Its linear layers: one
   operator instead of four. Dropout, which does nothing here: no operator.
-- float32 linear layers on the CPU: weights packed once for oneDNN. IVG of one prompt with the
-  bundled family takes 1.1 s instead of 1.3 s on two threads with AVX2; with AVX-512 where MKL keeps
-  to AVX2 a layer takes less than half the time of addmm. A single row is faster unpacked. The
-  packed copy takes as much memory again: a model above MAX_PACKED_BYTES stays as it is.
+- float32 linear layers on the CPU: weights packed once for oneDNN, which pays most with AVX-512
+  where MKL keeps to AVX2. A single row is faster unpacked. The packed copy takes as much memory
+  again: a model above MAX_PACKED_BYTES stays as it is.
 """
 
 from __future__ import annotations

@@ -189,8 +189,6 @@ class ModelRunner:
         """Keeps no keys and values of its own from now on, but those of `other`, layer by layer."""
         self._owner = other
         self._layers = []
-        self._fast_modules.remove()  # one packed copy of the trunk's weights is enough
-        self._fast_modules = other._fast_modules
 
     @property
     def score_head(self) -> torch.nn.Linear:
