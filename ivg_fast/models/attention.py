@@ -82,6 +82,12 @@ def _current() -> _Context:
     return context
 
 
+def paged_context() -> PagedContext | None:
+    """The current context if it is one of packed tokens on the cache, outside of a graph."""
+    context = None if torch.compiler.is_compiling() else _CURRENT.get()
+    return context if type(context) is PagedContext else None
+
+
 def _traced(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -212,22 +218,44 @@ class PagedContext:
         **_: Any,
     ) -> torch.Tensor:
         """Writes the new keys and values, then attends; other keywords were judged at load."""
-        layer = self.layers[cast(int, module.layer_idx)]
-        window = layer.sliding_window if sliding_window is _ABSENT else sliding_window
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        key_pool, value_pool = layer.key_pool, layer.value_pool
-        write_key_value(_by_token(key), _by_token(value), key_pool, value_pool, self.slot_mapping)
-        output = paged_attention_prepared(
+        output = self.attend_tokens(
+            cast(int, module.layer_idx),
             _by_token(query),
-            key_pool,
-            value_pool,
-            self.metadata,
-            scale=scale,
-            sliding_window=window,
+            _by_token(key),
+            _by_token(value),
+            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            sliding_window=sliding_window,
             soft_cap=softcap,
             sinks=None if s_aux is None else s_aux.float(),
         )
         return output.unsqueeze(0)
+
+    def attend_tokens(
+        self,
+        layer_idx: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None = _ABSENT,
+        soft_cap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The same of query [T, Hq, D], key [T, Hkv, D], value [T, Hkv, Dv] -> [T, Hq, Dv]."""
+        layer = self.layers[layer_idx]
+        window = layer.sliding_window if sliding_window is _ABSENT else sliding_window
+        write_key_value(key, value, layer.key_pool, layer.value_pool, self.slot_mapping)
+        return paged_attention_prepared(
+            query,
+            layer.key_pool,
+            layer.value_pool,
+            self.metadata,
+            scale=scale,
+            sliding_window=window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+        )
 
 
 def _by_token(states: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faster forms of a decoder's modules, of the same weights and formulas, while a runner has it.
 
-- GPT-2's GELU: eight element-wise operators in transformers, one in torch. Its linear layers: one
-  operator instead of four. Dropout, which does nothing here: no operator.
+- GPT-2's block: see `fast_gpt2`. Where it cannot be used, its GELU: eight element-wise operators in
+  transformers, one in torch; and dropout, which does nothing here: no operator.
 - float32 linear layers on the CPU: weights packed once for oneDNN, which pays most with AVX-512
-  where MKL keeps to AVX2. A single row is faster unpacked. The packed copy takes as much memory
-  again: a model above MAX_PACKED_BYTES stays as it is.
+  where MKL keeps to AVX2. The packed copy takes as much memory again: a model above
+  MAX_PACKED_BYTES stays as it is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers.activations import NewGELUActivation
-from transformers.pytorch_utils import Conv1D
+
+from ivg_fast.models.fast_gpt2 import fast_block
+from ivg_fast.models.fast_linear import FastLinear
 
 MAX_PACKED_BYTES = 2 * 2**30
 
@@ -39,15 +41,24 @@ class FastModules:
 
     def install(self) -> None:
         """From now on the modules run their faster forms."""
-        for module in self._modules:
+        for module in reversed(self._modules):  # parts before the whole
             # One that has a forward of its own has it from another runner, or from its owner: it is
             # not packed a second time either.
             if "forward" in vars(module):
                 continue
             if module not in self._forwards:
-                self._forwards[module] = _fast_forward(module, self._can_pack)
+                self._forwards[module] = self._fast_forward(module)
             if self._forwards[module] is not None:
                 vars(module)["forward"] = self._forwards[module]
+
+    def _fast_forward(self, module: nn.Module) -> Any:
+        """The faster form; None: there is none."""
+        if isinstance(module, NewGELUActivation):
+            return _gelu_tanh
+        if type(module) is nn.Dropout:
+            return _identity
+        linears = {m: f for m, f in self._forwards.items() if isinstance(f, FastLinear)}
+        return FastLinear.of(module, self._can_pack) or fast_block(module, linears)
 
     def remove(self) -> None:
         """Gives every module its own forward back; twice is fine."""
@@ -64,39 +75,9 @@ def packing_pays(model: nn.Module) -> bool:
     return num_bytes <= MAX_PACKED_BYTES and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _fast_forward(module: nn.Module, can_pack: bool) -> Any:
-    """The faster form; None: there is none."""
-    if isinstance(module, NewGELUActivation):
-        return _gelu_tanh
-    if type(module) is nn.Dropout:
-        return _identity
-    is_transposed = type(module) is Conv1D
-    if not is_transposed and type(module) is not nn.Linear:
-        return None
-    linear: Any = module
-    stored, bias = linear.weight, linear.bias
-    weight = stored.T if is_transposed else stored  # a view, [out, in]
-    is_plain = type(stored) is nn.Parameter and type(stored.data) is torch.Tensor  # not quantised
-    if can_pack and is_plain and stored.device.type == "cpu" and stored.dtype == torch.float32:
-        return _packed_linear(weight.detach(), None if bias is None else bias.detach())
-    return (lambda x: functional.linear(x, weight, bias)) if is_transposed else None
-
-
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return functional.gelu(x, approximate="tanh")
 
 
 def _identity(x: torch.Tensor) -> torch.Tensor:
     return x
-
-
-def _packed_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
-    """x [..., in] -> [..., out] with weight [out, in] in oneDNN's layout."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        if x.numel() == x.shape[-1]:
-            return functional.linear(x, weight, bias)
-        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-
-    return forward

@@ -3,14 +3,33 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_model
 
 from ivg_fast.errors import UnsupportedModelError
 from ivg_fast.models import fast_modules, runner
+from ivg_fast.models.batch import BLOCK_SIZE, ForwardBatch
+from ivg_fast.models.fast_linear import FastLinear
 from ivg_fast.models.fast_modules import FastModules
 from ivg_fast.models.runner import ModelRunner
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, cls: type, name: str) -> list[str]:
+    """A list that grows with each call of the method."""
+    calls: list[str] = []
+    method = getattr(cls, name)
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return method(self, *args, **kwargs)
+
+    monkeypatch.setattr(cls, name, counted)
+    return calls
 
 
 def own_forwards(model: torch.nn.Module) -> list[str]:
@@ -74,9 +93,80 @@ def test_a_runner_has_them_while_it_lives() -> None:
     assert not own_forwards(model)
 
 
+def paged_logits(runner_: ModelRunner, num_tokens: int) -> torch.Tensor:
+    """Of tokens 1, 2, ... as one prompt."""
+    blocks = -(-num_tokens // BLOCK_SIZE)
+    runner_.allocate(blocks)
+    batch = ForwardBatch.from_host(
+        input_ids=np.arange(1, num_tokens + 1),
+        position_ids=np.arange(num_tokens),
+        slot_mapping=np.arange(num_tokens),
+        query_start_loc=np.array([0, num_tokens]),
+        prompt_lens=np.array([num_tokens]),
+        response_lens=np.array([0]),
+        response_block_start=np.array([blocks]),
+        block_table=np.arange(blocks)[None],
+        logit_positions=np.arange(num_tokens),
+    )
+    return runner_.forward(batch)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 17])
+@pytest.mark.parametrize("can_pack", [True, False])
+@pytest.mark.parametrize("options", [{}, {"scale_attn_by_inverse_layer_idx": True}])
+def test_a_whole_block(
+    num_tokens: int, can_pack: bool, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-2's block runs whole, and is the same function."""
+    monkeypatch.setattr(fast_modules, "packing_pays", lambda _: can_pack)
+    model = tiny_model("gpt2", **options)
+    ids = torch.arange(1, num_tokens + 1)[None]
+    with torch.inference_mode():
+        exact = model.double()(ids).logits[0]
+        stock = model.float()(ids).logits[0]
+    inner = count_calls(monkeypatch, type(model.transformer.h[0].mlp), "forward")
+    with closing(ModelRunner(model, role="base", self_test=False)) as runner_:
+        inner.clear()  # probing the model runs it piece by piece
+        error = (paged_logits(runner_, num_tokens) - exact).abs().max()
+        assert not inner
+        assert error <= 2 * (stock - exact).abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("name", ["mlp", "mlp.c_fc", "attn", "attn.c_attn", "ln_1"])
+def test_hooks_inside_a_block_run(kind: str, name: str) -> None:
+    """One who steers by hooks must not be passed over, whenever the hook comes and goes."""
+    model = tiny_model("gpt2")
+    with closing(ModelRunner(model, role="base")) as runner_:
+        before = paged_logits(runner_, 5)
+        ran = []
+        module = model.transformer.h[0].get_submodule(name)
+        hook = getattr(module, kind)(lambda *_: ran.append(name))
+        torch.testing.assert_close(paged_logits(runner_, 5), before)
+        assert ran == [name]
+        hook.remove()
+        paged_logits(runner_, 5)
+        assert ran == [name]
+
+
+def test_another_block_than_that_of_gpt2_stays() -> None:
+    """Cross attention, another activation, or a layer of somebody else's."""
+    crossed = tiny_model("gpt2", add_cross_attention=True)
+    other_act = tiny_model("gpt2", activation_function="relu")
+    replaced = tiny_model("gpt2")
+    for block in replaced.transformer.h:
+        block.mlp.c_fc = torch.nn.Sequential(block.mlp.c_fc)
+    for model in (crossed, other_act, replaced):
+        FastModules(model).install()
+        assert not any("forward" in vars(block) for block in model.transformer.h)
+    plain = tiny_model("gpt2")
+    FastModules(plain).install()
+    assert all("forward" in vars(block) for block in plain.transformer.h)
+
+
 def test_the_self_test_compares_with_the_stock_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: a wrong GELU. A self-test that ran it on both sides would find them equal."""
-    monkeypatch.setattr(fast_modules, "_gelu_tanh", lambda x: torch.relu(x))
+    monkeypatch.setattr(FastLinear, "gelu", lambda linear, x: torch.relu(linear(x)))
     model = tiny_model("gpt2")
     with pytest.raises(UnsupportedModelError, match="deviation"):
         runner.ModelRunner(model, role="base")
