@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faster forms of a decoder's modules, of the same weights and formulas, while a runner has it.
 
-- GPT-2's block: see `fast_gpt2`. Where it cannot be used, its GELU: eight element-wise operators in
-  transformers, one in torch; and dropout, which does nothing here: no operator.
+- GPT-2: see `fast_gpt2`. Where its blocks are not the usual ones, its GELU: eight element-wise
+  operators in transformers, one in torch; and dropout, which does nothing here: no operator.
 - float32 linear layers on the CPU: weights packed once for oneDNN, which pays most with AVX-512
   where MKL keeps to AVX2. The packed copy takes as much memory again: a model above
   MAX_PACKED_BYTES stays as it is.
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.activations import NewGELUActivation
 
-from ivg_fast.models.fast_gpt2 import fast_block
+from ivg_fast.models.fast_gpt2 import fast_block, fast_decoder
 from ivg_fast.models.fast_linear import FastLinear
 
 MAX_PACKED_BYTES = 2 * 2**30
@@ -58,7 +58,11 @@ class FastModules:
         if type(module) is nn.Dropout:
             return _identity
         linears = {m: f for m, f in self._forwards.items() if isinstance(f, FastLinear)}
-        return FastLinear.of(module, self._can_pack) or fast_block(module, linears)
+        return (
+            FastLinear.of(module, self._can_pack)
+            or fast_block(module, linears)
+            or fast_decoder(module)
+        )
 
     def remove(self) -> None:
         """Gives every module its own forward back; twice is fine."""

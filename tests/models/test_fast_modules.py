@@ -117,7 +117,7 @@ def paged_logits(runner_: ModelRunner, num_tokens: int) -> torch.Tensor:
 def test_a_whole_block(
     num_tokens: int, can_pack: bool, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """GPT-2's block runs whole, and is the same function."""
+    """GPT-2 and its blocks run whole, and are the same function."""
     monkeypatch.setattr(fast_modules, "packing_pays", lambda _: can_pack)
     model = tiny_model("gpt2", **options)
     ids = torch.arange(1, num_tokens + 1)[None]
@@ -125,10 +125,12 @@ def test_a_whole_block(
         exact = model.double()(ids).logits[0]
         stock = model.float()(ids).logits[0]
     inner = count_calls(monkeypatch, type(model.transformer.h[0].mlp), "forward")
+    outer = count_calls(monkeypatch, type(model.transformer), "forward")
     with closing(ModelRunner(model, role="base", self_test=False)) as runner_:
         inner.clear()  # probing the model runs it piece by piece
+        outer.clear()
         error = (paged_logits(runner_, num_tokens) - exact).abs().max()
-        assert not inner
+        assert inner == outer == []
         assert error <= 2 * (stock - exact).abs().max() + 1e-6
 
 
