@@ -7,6 +7,8 @@ block s // 16, offset s % 16. Copying blocks: ops/block_copy.py.
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -38,8 +40,28 @@ def check_pool(name: str, pool: Tensor) -> None:
 
 
 def _check_write(name: str, src: Tensor, pool: Tensor, slot_mapping: Tensor) -> None:
+    """Refuse what does not fit; one expression, as every layer of every step pays for it."""
+    size, width = src.shape, pool.shape
+    if not (
+        len(size) == 3
+        and len(width) == 4
+        and size[1] == width[1]
+        and width[2] == BLOCK_SIZE
+        and size[2] == width[3]
+        and src.stride(2) == 1
+        and pool.is_contiguous()
+        and src.dtype == pool.dtype
+        and src.device == pool.device == slot_mapping.device
+        and slot_mapping.dtype == torch.int32
+        and slot_mapping.shape == size[:1]
+        and slot_mapping.is_contiguous()
+    ):
+        _refuse_write(name, src, pool, slot_mapping)
+
+
+def _refuse_write(name: str, src: Tensor, pool: Tensor, slot_mapping: Tensor) -> NoReturn:
     check_pool("pool" if name == "src" else f"{name}_pool", pool)
-    if src.shape != (src.shape[0], pool.shape[1], pool.shape[3]) or src.stride(2) != 1:
+    if src.dim() != 3 or src.shape[1:] != (pool.shape[1], pool.shape[3]) or src.stride(2) != 1:
         raise InvalidParameterError(
             name,
             (tuple(src.shape), src.stride()),
@@ -51,17 +73,11 @@ def _check_write(name: str, src: Tensor, pool: Tensor, slot_mapping: Tensor) -> 
             (src.dtype, str(src.device)),
             f"must be {pool.dtype} on {pool.device}, as the pool is",
         )
-    if (
-        slot_mapping.dtype != torch.int32
-        or slot_mapping.shape != (src.shape[0],)
-        or slot_mapping.device != src.device
-        or not slot_mapping.is_contiguous()
-    ):
-        raise InvalidParameterError(
-            "slot_mapping",
-            (tuple(slot_mapping.shape), slot_mapping.dtype, str(slot_mapping.device)),
-            f"must be a contiguous int32 [{src.shape[0]}] on {src.device}",
-        )
+    raise InvalidParameterError(
+        "slot_mapping",
+        (tuple(slot_mapping.shape), slot_mapping.dtype, str(slot_mapping.device)),
+        f"must be a contiguous int32 [{src.shape[0]}] on {src.device}",
+    )
 
 
 def write_kv(
