@@ -285,6 +285,8 @@ class EngineConfig:
         max_queued_requests: requests that may wait; None: no limit.
         max_prefill_tokens: prompt tokens that a role reads in one step; longer prompts take several
             steps, between which others decode.
+        max_prompt_tokens: longer prompts are refused, in whichever role; None: as long as the
+            model's positions and the KV pool allow.
         scorer_timeout_s: seconds that a callable may take for a request's candidates: it runs on a
             thread of its own then, others decode meanwhile, and past that time its request fails
             and the thread is left to itself; None: as long as it takes, on the engine's thread (of
@@ -302,6 +304,7 @@ class EngineConfig:
     max_join_steps: int | None = None
     max_queued_requests: int | None = None
     max_prefill_tokens: int = 2048
+    max_prompt_tokens: int | None = None
     scorer_timeout_s: float | None = None
     num_threads: int | None = None
     compile: bool = False
@@ -319,6 +322,7 @@ class EngineConfig:
             "num_blocks": 1,
             "max_join_steps": 0,
             "max_queued_requests": 1,
+            "max_prompt_tokens": 1,
             "num_threads": 1,
         }
         for name, minimum in minimums.items():
