@@ -90,7 +90,7 @@ def create_app(
         max_body_size=config.max_body_bytes,
         responses=_REFUSALS,
     )
-    add_handlers(app)
+    add_handlers(app, lambda: metrics.ended("invalid"))
     if api_key is not None:
         app.add_middleware(_KeyCheck, api_key=api_key)
     _add_routes(app, _Server(engine, config.model_name or model_name, defaults, config, metrics))

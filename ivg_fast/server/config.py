@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ivg_fast.errors import InvalidParameterError
-from ivg_fast.params import check_integer, check_number
+from ivg_fast.params import check_integer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class ServerConfig:
     max_response_tokens: int = 2048
     max_stops: int = 16
     retry_after_s: int = 1
-    drain_timeout_s: float = 30.0
+    drain_timeout_s: int = 30
 
     def __post_init__(self) -> None:
         if not isinstance(self.host, str) or not self.host:
@@ -52,4 +52,4 @@ class ServerConfig:
         for name in ("max_body_bytes", "max_rows", "max_response_tokens", "retry_after_s"):
             check_integer(name, getattr(self, name), 1)
         check_integer("max_stops", self.max_stops, 0)
-        check_number("drain_timeout_s", self.drain_timeout_s, 0.0, 1e6)
+        check_integer("drain_timeout_s", self.drain_timeout_s, 0, 10**6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -114,9 +114,16 @@ def error_response(
     return JSONResponse(body, status, headers)
 
 
-def add_handlers(app: FastAPI) -> None:
-    """Errors that arise before a request reaches its route."""
-    app.add_exception_handler(RequestValidationError, _on_validation)
+def add_handlers(app: FastAPI, on_invalid: Callable[[], None]) -> None:
+    """Errors that arise before a request reaches its route; `on_invalid` is called for each body
+    that is not as it should be."""
+
+    async def on_validation(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        on_invalid()
+        return _invalid(error)
+
+    app.add_exception_handler(RequestValidationError, on_validation)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(Exception, _on_exception)
 
@@ -133,8 +140,7 @@ def _body(message: str, kind: str, param: str | None, code: str | None) -> dict[
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-async def _on_validation(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
+def _invalid(error: RequestValidationError) -> Response:
     found = error.errors()
     if found[0]["type"] == "json_invalid":
         return JSONResponse(_body("the body must be JSON", INVALID, None, "invalid_json"), 400)

@@ -48,23 +48,28 @@ def listen(config: ServerConfig) -> socket.socket:
     return socket.create_server((config.host, config.port), family=family, backlog=2048)
 
 
-def serve(app: FastAPI, config: ServerConfig, listener: socket.socket) -> None:
-    """Serves until SIGTERM or SIGINT, then lets the requests finish that have been accepted, for
-    `drain_timeout_s` at most. Prints its address first.
-    """
+def make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
+    """What serves the application, not started yet."""
     options = uvicorn.Config(
         app,
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=int(config.drain_timeout_s),
+        timeout_graceful_shutdown=config.drain_timeout_s,
     )
+    return uvicorn.Server(options)
+
+
+def serve(app: FastAPI, config: ServerConfig, listener: socket.socket) -> None:
+    """Serves until SIGTERM or SIGINT, then lets the requests finish that have been accepted, for
+    `drain_timeout_s` at most. Prints its address first.
+    """
     host = f"[{config.host}]" if listener.family == socket.AF_INET6 else config.host
     print(f"ivg-fast: serving on http://{host}:{listener.getsockname()[1]}", flush=True)
     # uvicorn raises the signal that ended it once more: it has done its work by then.
     before = {number: signal.signal(number, _ended) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        uvicorn.Server(options).run(sockets=[listener])
+        make_server(app, config).run(sockets=[listener])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
