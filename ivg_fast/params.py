@@ -58,6 +58,15 @@ def check_number(name: str, value: Any, low: float, high: float, *, open_low: bo
         raise InvalidParameterError(name, value, f"must be a number in {bounds}")
 
 
+def is_whole_text(text: str) -> bool:
+    """Whether it has no lone surrogates, which stand for no character and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise InvalidParameterError(name, value, "must be True or False")
@@ -166,6 +175,8 @@ class SearchParams:
             object.__setattr__(self, name, tuple(value))
         if not all(isinstance(stop, str) and stop for stop in self.stop):
             raise InvalidParameterError("stop", self.stop, "must be non-empty strings")
+        if not all(is_whole_text(stop) for stop in self.stop):
+            raise InvalidParameterError("stop", self.stop, "must have no halves of characters")
         for token in self.stop_token_ids:
             check_integer("stop_token_ids", token, 0)
         object.__setattr__(self, "stop_token_ids", tuple(int(t) for t in self.stop_token_ids))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,9 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.datastructures import Headers
 from starlette.responses import Response, StreamingResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 import ivg_fast
 from ivg_fast.async_engine import AsyncEngine
@@ -30,15 +27,14 @@ from ivg_fast.server.errors import (
     describe,
     dumps,
     error_response,
-    unauthorized,
 )
+from ivg_fast.server.gate import Gate
 from ivg_fast.server.generation import Streams, generate, unless_disconnected
 from ivg_fast.server.jobs import Job, jobs_of
 from ivg_fast.server.metrics import Metrics, StreamTimer
 from ivg_fast.server.protocol import ChatRequest, CompletionRequest
 from ivg_fast.server.responses import Responses
 
-_OPEN_PATHS = ("/health",)
 _REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}}
 _ERRORS: dict[int | str, dict[str, Any]] = {**_REFUSALS, "5XX": {"model": ErrorBody}}
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -87,12 +83,10 @@ def create_app(
         lifespan=life,
         docs_url=None,  # their pages come from elsewhere
         redoc_url=None,
-        max_body_size=config.max_body_bytes,
         responses=_REFUSALS,
     )
     add_handlers(app, lambda: metrics.ended("invalid"))
-    if api_key is not None:
-        app.add_middleware(_KeyCheck, api_key=api_key)
+    app.add_middleware(Gate, api_key=api_key, max_body_bytes=config.max_body_bytes)
     _add_routes(app, _Server(engine, config.model_name or model_name, defaults, config, metrics))
     return app
 
@@ -267,21 +261,3 @@ def _outcome(error: Exception, status: int) -> str:
     if isinstance(error, QueueFullError):
         return "overloaded"
     return "invalid" if status < 500 else "failed"
-
-
-class _KeyCheck:
-    """Lets those in who know the key; before anything of a body is read."""
-
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
-        if not api_key or not api_key.isascii() or not api_key.isprintable():
-            raise InvalidParameterError("api_key", "...", "must be printable ASCII")
-        self._app = app
-        self._wanted = f"Bearer {api_key}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
-            given = Headers(scope=scope).get("authorization", "").encode("latin-1")
-            if not hmac.compare_digest(given, self._wanted):
-                await unauthorized()(scope, receive, send)
-                return
-        await self._app(scope, receive, send)

@@ -24,7 +24,7 @@ from ivg_fast.errors import (
 )
 
 _LOG = logging.getLogger("ivg_fast")
-_MAX_MESSAGE = 1000
+_MAX_MESSAGE, _MAX_NAME = 1000, 100
 
 INVALID, OVERLOADED, FAILED = "invalid_request_error", "overloaded_error", "server_error"
 _CODES = {401: "invalid_api_key", 404: "not_found", 405: "not_allowed", 413: "body_too_large"}
@@ -84,7 +84,8 @@ def describe(error: BaseException, names: Mapping[str, str]) -> tuple[int, dict[
     """
     message, kind, param, code = str(error), INVALID, None, None
     if isinstance(error, RequestError):
-        status, param, code = error.status, error.param, error.code
+        status, code = error.status, error.code
+        param = None if error.param is None else names.get(error.param, error.param)
     elif isinstance(error, InvalidParameterError):
         status, param = 400, names.get(error.parameter, error.parameter)
     elif isinstance(error, CapacityError):
@@ -128,16 +129,20 @@ def add_handlers(app: FastAPI, on_invalid: Callable[[], None]) -> None:
     app.add_exception_handler(Exception, _on_exception)
 
 
-def unauthorized() -> JSONResponse:
-    """A request without the key."""
-    body = _body("a valid API key is needed", INVALID, None, _CODES[401])
-    return JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})
+def refusal(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The response to a request that is not looked at."""
+    return JSONResponse(_body(message, INVALID, None, _CODES.get(status)), status, headers)
 
 
 def _body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
-    if len(message) > _MAX_MESSAGE:  # it may quote a whole prompt
-        message = message[:_MAX_MESSAGE] + "..."
+    param = None if param is None else _shortened(param, _MAX_NAME)
+    message = _shortened(message, _MAX_MESSAGE)
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _shortened(text: str, length: int) -> str:
+    """It may quote a whole prompt, or a name that somebody has made up."""
+    return text if len(text) <= length else text[:length] + "..."
 
 
 def _invalid(error: RequestValidationError) -> Response:
@@ -153,8 +158,7 @@ def _invalid(error: RequestValidationError) -> Response:
 
 async def _on_http(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    body = _body(str(error.detail), INVALID, None, _CODES.get(error.status_code))
-    return JSONResponse(body, error.status_code, error.headers)
+    return refusal(error.status_code, str(error.detail), error.headers)
 
 
 async def _on_exception(_: Request, error: Exception) -> Response:

@@ -44,6 +44,8 @@ def jobs_of(
         _check_completion(body)
         if "logprobs" in given:  # OpenAI's 0: of the tokens themselves
             given["logprobs"] = given["logprobs"] is not False
+    if body.stream_options is not None and not body.stream:
+        raise RequestError("stream_options", "stream_options needs stream")
     _check_caps(given, config)
     width, candidates = (
         given.get(name, getattr(defaults, name)) for name in ("beam_width", "num_candidates")

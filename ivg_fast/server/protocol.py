@@ -16,7 +16,6 @@ from pydantic import (
     Field,
     WithJsonSchema,
     create_model,
-    model_validator,
 )
 from typing_extensions import TypeAliasType
 
@@ -87,12 +86,6 @@ class _GenerationRequest(SearchFields):  # type: ignore[misc, valid-type]
     frequency_penalty: _one_of(0) = None  # type: ignore[valid-type]
     presence_penalty: _one_of(0) = None  # type: ignore[valid-type]
     logit_bias: _one_of({}) = None  # type: ignore[valid-type]
-
-    @model_validator(mode="after")
-    def _options_are_of_streams(self) -> typing.Self:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream")
-        return self
 
     def search_fields(self) -> dict[str, Any]:
         """The fields of SearchParams that were given."""
