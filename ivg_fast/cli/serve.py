@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> bool:
 
     config = ServerConfig(**fields_of(arguments, ServerConfig))
     key = read_key(arguments.api_key_file, arguments.api_key_env)
-    asked = search_of(arguments, max_tokens=_MAX_TOKENS)
+    asked = search_of(arguments, max_tokens=min(_MAX_TOKENS, config.max_response_tokens))
     options = fields_of(arguments, EngineConfig)
     options.setdefault("max_queued_requests", _MAX_QUEUED)
     options.setdefault("max_prompt_tokens", _MAX_PROMPT_TOKENS)
