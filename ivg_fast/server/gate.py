@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+from collections import deque
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -15,9 +17,38 @@ from ivg_fast.server.errors import refusal
 _OPEN_PATHS = ("/health",)
 
 
+class Turns:
+    """Lets one in at each turn of the event loop, so that those who are served need not wait until
+    a crowd that came at once is looked at."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._is_taken = False
+
+    async def wait(self) -> None:
+        """Until it is one's turn."""
+        loop = asyncio.get_running_loop()
+        if self._is_taken:
+            mine = loop.create_future()
+            self._waiting.append(mine)
+            await mine
+        else:
+            self._is_taken = True
+            loop.call_soon(self._next)
+
+    def _next(self) -> None:
+        while self._waiting:
+            first = self._waiting.popleft()
+            if not first.done():  # else it is gone
+                first.set_result(None)
+                first.get_loop().call_soon(self._next)
+                return
+        self._is_taken = False
+
+
 class Gate:
-    """Lets those in who know the key, before anything of a body is read, and of a body
-    `max_body_bytes`, whether its length is announced or not.
+    """Lets those in who know the key, before anything of a body is read, one after another, and of
+    a body `max_body_bytes`, whether its length is announced or not.
 
     Raises:
         InvalidParameterError: an empty key, or one that no header can hold.
@@ -29,6 +60,7 @@ class Gate:
         self._app = app
         self._wanted = None if api_key is None else f"Bearer {api_key}".encode()
         self._max_body_bytes = max_body_bytes
+        self._turns = Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -45,6 +77,7 @@ class Gate:
         if not announced.isdecimal() or int(announced) > self._max_body_bytes:
             await refusal(413, self._too_large)(scope, receive, send)
             return
+        await self._turns.wait()
         num_bytes = 0
 
         async def counted() -> Message:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ivg_fast.outputs import CandidateOutput, RequestOutput
+from ivg_fast.outputs import CandidateOutput, RequestOutput, SearchStats
 from ivg_fast.request import decode
 
 # OpenAI has no word for what ends at a deadline, or was cut off by others that had won.
@@ -143,11 +143,18 @@ def decode_piece(tokenizer: Any, token: int) -> str:
     return decode(tokenizer, [token])
 
 
+_CANDIDATE_FIELDS = tuple(f.name for f in dataclasses.fields(CandidateOutput) if f.name != "text")
+_STATS_FIELDS = tuple(field.name for field in dataclasses.fields(SearchStats))
+
+
 def _candidate_info(candidate: CandidateOutput) -> dict[str, Any]:
-    info = dataclasses.asdict(candidate)
-    del info["text"]
-    return info
+    return _fields(candidate, _CANDIDATE_FIELDS)
 
 
 def _search_info(output: RequestOutput) -> dict[str, Any]:
-    return {"seed": output.seed, "stats": dataclasses.asdict(output.stats)}
+    return {"seed": output.seed, "stats": _fields(output.stats, _STATS_FIELDS)}
+
+
+def _fields(of: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Not dataclasses.asdict, which copies every list: the event loop has better to do."""
+    return {name: getattr(of, name) for name in names}

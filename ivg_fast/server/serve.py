@@ -16,6 +16,8 @@ from fastapi import FastAPI
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.server.config import ServerConfig
 
+_SWITCH_S = 0.0005
+
 _LOG = logging.getLogger("ivg_fast")
 
 
@@ -68,8 +70,8 @@ def serve(app: FastAPI, config: ServerConfig, listener: socket.socket) -> None:
     host = f"[{config.host}]" if listener.family == socket.AF_INET6 else config.host
     print(f"ivg-fast: serving on http://{host}:{listener.getsockname()[1]}", flush=True)
     # The engine's thread holds the interpreter between its kernels, and the event loop gives it up
-    # at each write: at the default of 5 ms, sixty streams would take their turns for 300 ms.
-    sys.setswitchinterval(float(os.environ.get("IVG_SW", "0.0005")))
+    # at each write: at the default of 5 ms, sixty streams could wait 300 ms for their turns.
+    sys.setswitchinterval(_SWITCH_S)
     # uvicorn raises the signal that ended it once more: it has done its work by then.
     before = {number: signal.signal(number, _ended) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
