@@ -63,6 +63,7 @@ def engine(models) -> Iterator[Engine]:
         (None, "prompts"),
         (5, "prompts"),
         (b"bytes", "prompts"),
+        ("half a character \ud83d", "prompts"),
         ({"role": "user", "content": "one message is no list of them"}, "prompts"),
         ([{"role": "user", "content": "hi"}], "prompts"),  # this tokenizer has no chat template
     ],
@@ -114,6 +115,7 @@ def test_a_pool_too_small_for_the_request(engine: Engine) -> None:
         {"n": 2},
         {"stop": [""]},
         {"stop": None},
+        {"stop": "half a \ud83d"},
         {"stop_token_ids": [97]},
         {"stop_token_ids": None},
         {"min_tokens": 13},

@@ -91,6 +91,6 @@ def test_a_planted_failure_is_found(server: Server, monkeypatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("planted")
 
-    monkeypatch.setattr("ivg_fast.server.app._Server.check_model", broken)
+    monkeypatch.setattr("ivg_fast.server.endpoints.Endpoints.check_model", broken)
     with pytest.raises(AssertionError):
         fuzz(server, OPERATIONS[0], GenerationMode.POSITIVE)

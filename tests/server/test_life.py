@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 import os
@@ -95,7 +96,7 @@ def test_a_stream_that_is_left_is_aborted(braked) -> None:
         assert steps.reasons == ["abort"] * 4
         assert all(len(output.outputs[0].token_ids) < 200 for output in steps.ended)
         wait_until(lambda: samples(server, "requests_total disconnected") == [2])
-        assert samples(server, "requests_total ok") == [0]
+        wait_until(lambda: samples(server, "requests_total ok") == [0])
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
@@ -112,6 +113,34 @@ def test_a_client_that_does_not_wait_is_aborted(braked, is_streamed: bool) -> No
         server.wait_idle()
         assert steps.reasons == ["abort"]
         wait_until(lambda: samples(server, "requests_total disconnected") == [1])
+
+
+@pytest.mark.parametrize("is_gone_at_once", [False, True])
+def test_a_stream_that_nobody_begins_to_read_ends(is_gone_at_once: bool) -> None:
+    """A client may go between the acceptance of its request and the first event."""
+    from ivg_fast.server.endpoints import _EventStream
+
+    seen: list[str] = []
+
+    async def events():
+        seen.append("begun")
+        yield b""
+        await asyncio.sleep(3600)
+
+    async def end() -> None:
+        seen.append("ended")
+
+    async def receive() -> dict[str, str]:
+        if not is_gone_at_once:
+            await asyncio.sleep(0.01)
+        return {"type": "http.disconnect"}
+
+    async def send(_: object) -> None:
+        await asyncio.sleep(0)
+
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+    asyncio.run(asyncio.wait_for(_EventStream(events(), end)(scope, receive, send), 60))
+    assert seen == (["ended"] if is_gone_at_once else ["begun", "ended"])
 
 
 def test_those_who_stay_never_notice(braked) -> None:
@@ -153,7 +182,8 @@ def test_overload_sheds_at_once_and_what_was_accepted_finishes(braked) -> None:
         steps.is_open.set()
         texts = [text_of(c.result()) for c in calls if c.result() not in shed]
         assert texts == [expected.outputs[0].text] * 3
-        assert samples(server, "requests_total overloaded", "requests_total ok") == [23, 3]
+        counters = ("requests_total overloaded", "requests_total ok")
+        wait_until(lambda: samples(server, *counters) == [23, 3])
 
 
 def text_of(response: requests.Response) -> str:
@@ -187,7 +217,7 @@ def test_a_request_that_fails_leaves_the_others() -> None:
         with pytest.raises(InternalServerError, match="picky"):
             server.client().completions.create(model=MODEL, prompt=["fine", "bad", "fine"])
         assert [text_of(call.result()) for call in fine] == [expected] * 3
-        assert samples(server, "requests_total failed", "requests_total ok") == [3, 3]
+        wait_until(lambda: samples(server, "requests_total failed", "requests_total ok") == [3, 3])
 
 
 def test_an_unknown_failure_says_nothing_of_itself(monkeypatch) -> None:
@@ -230,14 +260,14 @@ def test_a_deadline_returns_what_there_is(braked) -> None:
             assert choice["finish_reason"] == "length"
             assert choice["ivg"]["finish_reason"] == "deadline"
             assert 0 < len(text) < 200
-        assert samples(server, "request_success_total deadline") == [2]
+        wait_until(lambda: samples(server, "request_success_total deadline") == [2])
 
 
 def test_metrics(braked) -> None:
     engine = make_engine()
     steps = braked(engine)
     with serving(engine) as server, ThreadPoolExecutor(8) as pool:
-        assert samples(server, "num_requests_running", "kv_cache_usage_perc") == [0, 0]
+        wait_until(lambda: samples(server, "num_requests_running", "kv_cache_usage_perc") == [0, 0])
         steps.is_open.clear()
         calls = [pool.submit(server.post, prompt="abcde", seed=i) for i in range(3)]
         wait_until(lambda: samples(server, "num_requests_waiting") == [3])
@@ -252,6 +282,7 @@ def test_metrics(braked) -> None:
         assert streamed.status_code == 200
         assert server.post(max_tokens=0).status_code == 400
         assert server.post(max_tokens="x").status_code == 400
+        wait_until(lambda: samples(server, "requests_total ok") == [4])
         found = server.metrics()
         counted = {
             name: found[f"ivg_{name}_total"] for name in ("prompt_tokens", "generation_tokens")
