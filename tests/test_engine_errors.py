@@ -115,7 +115,6 @@ def test_a_pool_too_small_for_the_request(engine: Engine) -> None:
         {"n": 2},
         {"stop": [""]},
         {"stop": None},
-        {"stop": "half a \ud83d"},
         {"stop_token_ids": [97]},
         {"stop_token_ids": None},
         {"min_tokens": 13},
@@ -132,6 +131,11 @@ def test_bad_params(engine: Engine, fields: dict) -> None:
     value = str(next(iter(fields.values())))
     assert any(name in str(caught.value) for name in fields), caught.value
     assert isinstance(caught.value, CapacityError) or value.strip("[]") in str(caught.value)
+
+
+def test_stops_are_of_whole_characters() -> None:
+    with pytest.raises(InvalidParameterError, match=r"stop must have no halves .* got \('half"):
+        SearchParams(max_tokens=3, stop="half a \ud83d")
 
 
 def test_lists_of_another_length(engine: Engine) -> None:
