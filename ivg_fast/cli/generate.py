@@ -53,8 +53,9 @@ _EPILOG = """examples:
     ivg-fast generate --preset imdb --file prompts.txt
 
 In JSON lines "prompt" is a text, a list of chat messages, a list of token ids, or an object of
-these by role (raw, base, tuned, untuned, value); "seed" may stand beside it. A request that fails
-is a line {"prompt", "error"}; the others are finished, and the exit code is 1.
+these by role (raw, base, tuned, untuned, value); "seed" may stand beside it. The lines of a prompt
+are written as soon as it and those before it are done. A request that fails is a line {"prompt",
+"error"}; the others are finished, and the exit code is 1.
 """
 
 

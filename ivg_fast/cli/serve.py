@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from ivg_fast.errors import IVGError
 from ivg_fast.params import EngineConfig
 from ivg_fast.server.config import ServerConfig
 
+_LOG = logging.getLogger("ivg_fast")
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _MAX_TOKENS = 128
 _MAX_QUEUED = 64
 _MAX_PROMPT_TOKENS = 8192
@@ -80,6 +83,8 @@ def run(arguments: argparse.Namespace) -> bool:
     options.setdefault("max_prompt_tokens", _MAX_PROMPT_TOKENS)
     params = asked.params
     check_models(asked.models, [("guidance", params.guidance), ("scorer", params.scorer)])
+    if key is None and config.host not in _LOOPBACK:
+        _LOG.warning("no API key: everybody who reaches %s can use this server", config.host)
     listener = listen(config)  # before minutes are spent on models
     engine = Engine.from_pretrained(
         **asked.models,

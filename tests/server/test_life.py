@@ -388,6 +388,20 @@ def test_wrong_commands(command: list[str], capsys, options: str, code: int, mes
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("host", ["192.0.2.1", "127.0.0.1"])
+def test_a_public_address_without_a_key_is_warned_of(
+    command: list[str], caplog, monkeypatch, host: str
+) -> None:
+    from ivg_fast.cli import main
+
+    def listen(_: object) -> None:
+        raise OSError("that is all")
+
+    monkeypatch.setattr("ivg_fast.server.serve.listen", listen)
+    assert main([*command[3:], "--host", host]) == 1
+    assert ("no API key" in caplog.text) is (host == "192.0.2.1")
+
+
 def test_no_key_in_the_arguments(capsys) -> None:
     from ivg_fast.cli import build_parser
 
