@@ -24,6 +24,7 @@ from ivg_fast.server.jobs import Job, jobs_of
 from ivg_fast.server.metrics import Metrics, StreamTimer
 from ivg_fast.server.protocol import ChatRequest, CompletionRequest
 from ivg_fast.server.responses import Responses
+from ivg_fast.server.turns import Turns
 
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -49,6 +50,7 @@ class Endpoints:
         self.metrics = metrics
         self._defaults = defaults
         self._config = config
+        self._ends = Turns()
         self.card = {
             "id": model_name,
             "object": "model",
@@ -101,6 +103,7 @@ class Endpoints:
         if outputs is None:
             self.metrics.ended("disconnected")
             return Response(status_code=499)  # nobody reads it
+        await self._ends.wait()
         self.metrics.answered(outputs, begin)
         return JSONResponse(responses.whole(outputs))
 
@@ -115,7 +118,7 @@ class Endpoints:
         """Returns once every prompt is accepted; what goes wrong before has a status of its own."""
         stack = AsyncExitStack()
         streams = await unless_disconnected(
-            request.receive, stack.enter_async_context(Streams(self.engine, jobs))
+            request.receive, stack.enter_async_context(Streams(self.engine, jobs, self._ends))
         )
         if streams is None:
             await stack.aclose()  # they may have been accepted at that very moment

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
-from collections import deque
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -13,37 +11,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.server.errors import refusal
+from ivg_fast.server.turns import Turns
 
 _OPEN_PATHS = ("/health",)
-
-
-class Turns:
-    """Lets one in at each turn of the event loop, so that those who are served need not wait until
-    a crowd that came at once is looked at."""
-
-    def __init__(self) -> None:
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self._is_taken = False
-
-    async def wait(self) -> None:
-        """Until it is one's turn."""
-        loop = asyncio.get_running_loop()
-        if self._is_taken:
-            mine = loop.create_future()
-            self._waiting.append(mine)
-            await mine
-        else:
-            self._is_taken = True
-            loop.call_soon(self._next)
-
-    def _next(self) -> None:
-        while self._waiting:
-            first = self._waiting.popleft()
-            if not first.done():  # else it is gone
-                first.set_result(None)
-                first.get_loop().call_soon(self._next)
-                return
-        self._is_taken = False
 
 
 class Gate:

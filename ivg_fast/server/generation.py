@@ -14,6 +14,7 @@ from ivg_fast.async_engine import AsyncEngine
 from ivg_fast.client import StreamEvent
 from ivg_fast.outputs import RequestOutput
 from ivg_fast.server.jobs import Job
+from ivg_fast.server.turns import Turns
 
 T = TypeVar("T")
 
@@ -48,9 +49,10 @@ class Streams:
     the end it aborts those that still run.
     """
 
-    def __init__(self, engine: AsyncEngine, jobs: Sequence[Job]) -> None:
+    def __init__(self, engine: AsyncEngine, jobs: Sequence[Job], ends: Turns) -> None:
         self._engine = engine
         self._jobs = jobs
+        self._ends = ends  # a last event takes the longest to write
         self._tasks: list[asyncio.Task[None]] = []
         # None: the prompt of that index is accepted.
         self._items: asyncio.Queue[tuple[int, StreamEvent | Exception | None]] = asyncio.Queue()
@@ -101,6 +103,8 @@ class Streams:
             )
             async with aclosing(events):
                 async for event in events:
+                    if event.output is not None:
+                        await self._ends.wait()
                     self._items.put_nowait((index, event))
         except Exception as error:
             self._items.put_nowait((index, error))

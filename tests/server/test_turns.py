@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from ivg_fast.server.gate import Turns
+from ivg_fast.server.turns import Turns
 
 
 def test_one_at_each_turn_of_the_loop() -> None:
