@@ -10,6 +10,7 @@ NAMES = {
     "kv": "writing and copying KV against plain PyTorch and a copy",
     "attention": "paged attention against torch's SDPA",
     "e2e": "guided search end to end against plain PyTorch and the engine's own bound",
+    "serve": "the HTTP server under load from another process",
     "all": "all of these, one after another",
     "report": "README's table, and plots, from bench/results",
     "demo": "base, EFT, CBS and IVG on held-out prompts",

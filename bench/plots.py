@@ -15,7 +15,10 @@ from matplotlib.figure import Figure
 from bench.harness import Record
 
 # What is drawn; counters that explain a figure stay in the CSV.
-METRICS = ("time", "time per token", "KV", "forwarded tokens", "model calls")
+METRICS = (
+    *("time", "time per token", "KV", "forwarded tokens", "model calls"),
+    *("throughput", "time to first event", "time between tokens", "end to end"),
+)
 AXES = {
     "B": "rows",
     "V": "vocabulary",
@@ -26,6 +29,7 @@ AXES = {
     "tokens": "tokens written",
     "pairs": "blocks copied",
     "prompts": "prompts at once",
+    "clients": "clients",
 }
 
 

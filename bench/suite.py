@@ -22,6 +22,7 @@ BENCHES = {
     "kv": ("kv",),
     "attention": ("attention",),
     "e2e": ("e2e",),
+    "serve": ("serve",),
 }
 NOT_QUICK = ("ops_warm",)
 

@@ -8,7 +8,7 @@ import atexit
 import logging
 import secrets
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
@@ -77,6 +77,7 @@ class AsyncEngine:
         *,
         seed: int | None = None,
         request_id: str | None = None,
+        on_accepted: Callable[[], object] | None = None,
     ) -> AsyncGenerator[StreamEvent, None]:
         """Decodes one prompt and yields what is decided as soon as it is: the tokens that all
         surviving candidates share. Nothing is taken back; all texts, and all token ids, add up to
@@ -89,6 +90,7 @@ class AsyncEngine:
         Args:
             prompt, params, seed: as of Engine.add_request.
             request_id: for `abort`, unique among the live requests; None: one is made.
+            on_accepted: called once it is certain that the request will run.
 
         Raises:
             EngineStoppedError: it has been shut down, or its thread has failed.
@@ -99,6 +101,8 @@ class AsyncEngine:
         client = self._open(request_id, TextStream(self._engine.tokenizer, self._kinds, stops))
         try:
             await self._admit(client, prompt, params, seed)
+            if on_accepted is not None:
+                on_accepted()
             while True:
                 event = await client.next_event()
                 yield event
@@ -136,6 +140,16 @@ class AsyncEngine:
             client.is_aborted = True
             self._abort_running(client)
         return True
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are taken: it has not been shut down, and its thread has not failed."""
+        return not self._is_stopping
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base model's."""
+        return self._engine.tokenizer
 
     def stats(self) -> dict[str, int]:
         """As of Engine.stats."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -232,7 +232,7 @@ class Engine:
             self.tokenizer,
             self._renderer,
             self.vocab_size,
-            self.config.max_num_rows,
+            self.config,
             eos_ids,
             eos_id,
             self._value,
@@ -247,6 +247,7 @@ class Engine:
         *,
         seeds: Sequence[int] | None = None,
         use_tqdm: bool = False,
+        on_ended: Callable[[int, RequestOutput | BaseException], object] | None = None,
     ) -> list[RequestOutput]:
         """Decodes prompts together.
 
@@ -256,6 +257,8 @@ class Engine:
             seeds: one a prompt. Without it, prompt i of one params object with a seed draws from a
                 seed derived from (seed, i), that of i = 0 being the seed itself.
             use_tqdm: show a progress bar on stderr.
+            on_ended: called with a prompt's index and its output, or what it failed with, as soon
+                as it has ended.
 
         Returns:
             One RequestOutput a prompt, in their order.
@@ -268,7 +271,7 @@ class Engine:
         """
         self._check_usable()
         requests = self._factory.create(as_prompt_list(prompts), params, seeds)
-        return self._loop.run_all(requests, use_tqdm)
+        return self._loop.run_all(requests, use_tqdm, on_ended)
 
     def add_request(
         self,

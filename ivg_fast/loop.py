@@ -120,7 +120,12 @@ class RequestLoop:
         self._wake.set()
         return is_live
 
-    def run_all(self, requests: Sequence[LiveRequest], use_tqdm: bool) -> list[RequestOutput]:
+    def run_all(
+        self,
+        requests: Sequence[LiveRequest],
+        use_tqdm: bool,
+        on_ended: Callable[[int, RequestOutput | BaseException], object] | None = None,
+    ) -> list[RequestOutput]:
         """Runs these to their ends, beside what is there already; see Engine.generate."""
         self.check(requests)
         outputs: dict[int, RequestOutput] = {}
@@ -143,6 +148,8 @@ class RequestLoop:
                         else:
                             failures.append((index, output))
                         bar.update()
+                        if on_ended is not None:
+                            on_ended(index, output)
         finally:
             self.drop(ids)
         if failures:

@@ -45,17 +45,26 @@ Scorer = Callable[[list[ScoreInput]], Sequence[float]]
 _MAX_COUNT = 2**24
 
 
-def _integer(name: str, value: Any, minimum: int, maximum: int = 2**63 - 1) -> None:
+def check_integer(name: str, value: Any, minimum: int, maximum: int = 2**63 - 1) -> None:
     is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not is_integer or not minimum <= value <= maximum:
         raise InvalidParameterError(name, value, f"must be an integer in [{minimum}, {maximum}]")
 
 
-def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
+def check_number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not (low < value if open_low else low <= value) or not value <= high:
         bounds = f"{'(' if open_low else '['}{low}, {high}]"
         raise InvalidParameterError(name, value, f"must be a number in {bounds}")
+
+
+def is_whole_text(text: str) -> bool:
+    """Whether it has no lone surrogates, which stand for no character and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _flag(name: str, value: Any) -> None:
@@ -128,25 +137,25 @@ class SearchParams:
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "beam_width", "num_candidates", "n"):
-            _integer(name, getattr(self, name), 1, _MAX_COUNT)
+            check_integer(name, getattr(self, name), 1, _MAX_COUNT)
         if self.chunk_length is not None:
-            _integer("chunk_length", self.chunk_length, 1, _MAX_COUNT)
-        _integer("top_k", self.top_k, -1)
-        _integer("min_tokens", self.min_tokens, 0)
-        _number("guidance_weight", self.guidance_weight, -1e6, 1e6)
-        _number("temperature", self.temperature, 0.0, 1e6)
+            check_integer("chunk_length", self.chunk_length, 1, _MAX_COUNT)
+        check_integer("top_k", self.top_k, -1)
+        check_integer("min_tokens", self.min_tokens, 0)
+        check_number("guidance_weight", self.guidance_weight, -1e6, 1e6)
+        check_number("temperature", self.temperature, 0.0, 1e6)
         if 0 < self.temperature < MIN_TEMPERATURE:
             raise InvalidParameterError(
                 "temperature", self.temperature, f"must be 0 or at least {MIN_TEMPERATURE}"
             )
-        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _number("min_p", self.min_p, 0.0, 1.0)
+        check_number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        check_number("min_p", self.min_p, 0.0, 1.0)
         for name in ("ignore_eos", "logprobs", "score_eos_on_truncation", "dedup_finished"):
             _flag(name, getattr(self, name))
         if self.deadline_s is not None:
-            _number("deadline_s", self.deadline_s, 0.0, math.inf)
+            check_number("deadline_s", self.deadline_s, 0.0, math.inf)
         if self.seed is not None:
-            _integer("seed", self.seed, 0, 2**64 - 1)
+            check_integer("seed", self.seed, 0, 2**64 - 1)
         if self.guidance not in GUIDANCE_KINDS:
             raise InvalidParameterError(
                 "guidance", self.guidance, f"must be one of {GUIDANCE_KINDS}"
@@ -166,8 +175,10 @@ class SearchParams:
             object.__setattr__(self, name, tuple(value))
         if not all(isinstance(stop, str) and stop for stop in self.stop):
             raise InvalidParameterError("stop", self.stop, "must be non-empty strings")
+        if not all(is_whole_text(stop) for stop in self.stop):
+            raise InvalidParameterError("stop", self.stop, "must have no halves of characters")
         for token in self.stop_token_ids:
-            _integer("stop_token_ids", token, 0)
+            check_integer("stop_token_ids", token, 0)
         object.__setattr__(self, "stop_token_ids", tuple(int(t) for t in self.stop_token_ids))
 
     def _check_search(self) -> None:
@@ -285,6 +296,8 @@ class EngineConfig:
         max_queued_requests: requests that may wait; None: no limit.
         max_prefill_tokens: prompt tokens that a role reads in one step; longer prompts take several
             steps, between which others decode.
+        max_prompt_tokens: longer prompts are refused, in whichever role; None: as long as the
+            model's positions and the KV pool allow.
         scorer_timeout_s: seconds that a callable may take for a request's candidates: it runs on a
             thread of its own then, others decode meanwhile, and past that time its request fails
             and the thread is left to itself; None: as long as it takes, on the engine's thread (of
@@ -302,25 +315,27 @@ class EngineConfig:
     max_join_steps: int | None = None
     max_queued_requests: int | None = None
     max_prefill_tokens: int = 2048
+    max_prompt_tokens: int | None = None
     scorer_timeout_s: float | None = None
     num_threads: int | None = None
     compile: bool = False
 
     def __post_init__(self) -> None:
-        _integer("max_num_rows", self.max_num_rows, 1, _MAX_COUNT)
-        _integer("max_burst_steps", self.max_burst_steps, 1, _MAX_COUNT)
-        _integer("max_stream_steps", self.max_stream_steps, 1, _MAX_COUNT)
-        _integer("max_prefill_tokens", self.max_prefill_tokens, 1, _MAX_COUNT)
-        _number("kv_memory_fraction", self.kv_memory_fraction, 0.0, 1.0, open_low=True)
+        check_integer("max_num_rows", self.max_num_rows, 1, _MAX_COUNT)
+        check_integer("max_burst_steps", self.max_burst_steps, 1, _MAX_COUNT)
+        check_integer("max_stream_steps", self.max_stream_steps, 1, _MAX_COUNT)
+        check_integer("max_prefill_tokens", self.max_prefill_tokens, 1, _MAX_COUNT)
+        check_number("kv_memory_fraction", self.kv_memory_fraction, 0.0, 1.0, open_low=True)
         _flag("compile", self.compile)
         if self.scorer_timeout_s is not None:
-            _number("scorer_timeout_s", self.scorer_timeout_s, 0.0, 1e6, open_low=True)
+            check_number("scorer_timeout_s", self.scorer_timeout_s, 0.0, 1e6, open_low=True)
         minimums = {
             "num_blocks": 1,
             "max_join_steps": 0,
             "max_queued_requests": 1,
+            "max_prompt_tokens": 1,
             "num_threads": 1,
         }
         for name, minimum in minimums.items():
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), minimum, 2**31 // BLOCK_SIZE - 1)
+                check_integer(name, getattr(self, name), minimum, 2**31 // BLOCK_SIZE - 1)

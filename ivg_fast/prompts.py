@@ -12,7 +12,7 @@ import numpy as np
 from ivg_fast.errors import CapacityError, InvalidParameterError, UnsupportedModelError
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.values import ExplicitValue
-from ivg_fast.params import SearchParams
+from ivg_fast.params import EngineConfig, SearchParams
 from ivg_fast.rendering import Prompt, PromptInput, PromptRenderer
 from ivg_fast.request import GUIDES, LiveRequest
 
@@ -28,7 +28,7 @@ class RequestFactory:
         tokenizer: the base model's, or None.
         renderer: writes a prompt for each role.
         vocab_size: ids that all models share.
-        max_num_rows: rows of a batch.
+        config: of the engine.
         value: the engine's explicit value.
         eos_ids: ids that end a text; `eos_id`: the one that scoring appends, None if there is none.
     """
@@ -39,7 +39,7 @@ class RequestFactory:
         tokenizer: Any,
         renderer: PromptRenderer,
         vocab_size: int,
-        max_num_rows: int,
+        config: EngineConfig,
         eos_ids: Sequence[int],
         eos_id: int | None,
         value: ExplicitValue,
@@ -48,7 +48,8 @@ class RequestFactory:
         self._tokenizer = tokenizer
         self._renderer = renderer
         self._vocab_size = vocab_size
-        self._max_num_rows = max_num_rows
+        self._max_num_rows = config.max_num_rows
+        self._max_prompt_tokens = config.max_prompt_tokens
         self._eos_ids = eos_ids
         self._eos_id = eos_id
         self._value = value
@@ -152,6 +153,11 @@ class RequestFactory:
                     "prompts",
                     int(unknown[0]),
                     f"must be token ids of {role}, in [0, {self._runners[role].vocab_size})",
+                )
+            most = self._max_prompt_tokens
+            if most is not None and len(ids) > most:
+                raise CapacityError(
+                    f"the prompt has {len(ids)} tokens for {role}, max_prompt_tokens is {most}"
                 )
             limit = self._runners[role].max_position
             if limit is not None and request.num_positions(role) > limit:

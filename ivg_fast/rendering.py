@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ivg_fast.errors import InvalidParameterError
+from ivg_fast.params import is_whole_text
 from ivg_fast.request import ROLES, RolePrompt
 from ivg_fast.templates import Template, as_template
 
@@ -186,6 +187,8 @@ class PromptRenderer:
             add_special = False  # the template has written the special tokens already
         else:
             text = content
+        if not is_whole_text(text):
+            raise InvalidParameterError("prompts", text, "must have no halves of characters")
         # Spelt out only where it matters: not every tokenizer knows the argument.
         ids = tokenizer(text) if add_special else tokenizer(text, add_special_tokens=False)
         token_ids = np.asarray(ids.input_ids, dtype=np.int64)

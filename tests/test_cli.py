@@ -25,6 +25,8 @@ from ivg_fast import (
     Template,
 )
 from ivg_fast.cli import EXIT_FAILED, EXIT_OK, EXIT_USAGE, build_parser, main
+from ivg_fast.cli.generate import Lines
+from ivg_fast.loop import RequestLoop
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +192,36 @@ def test_a_failing_request_leaves_the_others(folders, capsys, tmp_path, monkeypa
     for line in (lines[1], lines[3]):
         assert "ScorerError: scorer picky raised ZeroDivisionError" in line["error"]
     assert captured.err.count("'bad'") == 2
+
+
+@pytest.mark.parametrize("form", ["text", "jsonl"])
+def test_lines_are_written_as_requests_end(folders, capsys, monkeypatch, form: str) -> None:
+    """Those of four prompts that run one after another, for want of blocks."""
+    written: list[str] = []
+    num_written = []
+    run_step = RequestLoop.run_step
+
+    def counting(loop):
+        written.append(capsys.readouterr().out)
+        num_written.append("".join(written).count("prompt "))
+        return run_step(loop)
+
+    monkeypatch.setattr(RequestLoop, "run_step", counting)
+    command = ["generate", "--base", str(folders["base"]), "--num-blocks", "2", "--max-tokens", "9"]
+    prompts = [word for i in range(4) for word in ("--prompt", f"prompt {i}")]
+    assert main([*command, *prompts, "--format", form, "--ignore-eos"]) == EXIT_OK
+    written.append(capsys.readouterr().out)
+    assert {1, 2, 3} <= set(num_written)
+    assert "".join(written).count("prompt ") == 4
+
+
+def test_lines_stand_in_the_order_of_prompts(capsys) -> None:
+    lines = Lines(["a", "b", "c", "d"], "jsonl")
+    seen = []
+    for index in (2, 1, 0, 3):
+        lines.ended(index, ValueError(f"number {index}"))
+        seen.append([json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()])
+    assert seen == [[], [], ["a", "b", "c"], ["d"]]
 
 
 @pytest.mark.parametrize("missing", ["base", "tuned", "untuned", "value"])

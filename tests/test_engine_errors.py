@@ -63,6 +63,7 @@ def engine(models) -> Iterator[Engine]:
         (None, "prompts"),
         (5, "prompts"),
         (b"bytes", "prompts"),
+        ("half a character \ud83d", "prompts"),
         ({"role": "user", "content": "one message is no list of them"}, "prompts"),
         ([{"role": "user", "content": "hi"}], "prompts"),  # this tokenizer has no chat template
     ],
@@ -130,6 +131,11 @@ def test_bad_params(engine: Engine, fields: dict) -> None:
     value = str(next(iter(fields.values())))
     assert any(name in str(caught.value) for name in fields), caught.value
     assert isinstance(caught.value, CapacityError) or value.strip("[]") in str(caught.value)
+
+
+def test_stops_are_of_whole_characters() -> None:
+    with pytest.raises(InvalidParameterError, match=r"stop must have no halves .* got \('half"):
+        SearchParams(max_tokens=3, stop="half a \ud83d")
 
 
 def test_lists_of_another_length(engine: Engine) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from transformers.utils.logging import disable_progress_bar
 
-from ivg_fast.cli import generate, info, score
+from ivg_fast.cli import generate, info, score, serve
 from ivg_fast.errors import InvalidParameterError, IVGError
 from ivg_fast.training import cli as training
 
@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     generate.add_parser(commands)
     score.add_parser(commands)
+    serve.add_parser(commands)
     info.add_parser(commands)
     training.add_parser(commands)
     return parser

@@ -9,14 +9,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ivg_fast.cli.options import (
-    add_fields,
-    add_models,
-    check_models,
-    fields_of,
-    scorer_of,
-    templates_of,
-)
+from tqdm import tqdm
+
+from ivg_fast.cli.options import add_fields, add_models, check_models, fields_of
 from ivg_fast.cli.records import (
     add_progress,
     add_source,
@@ -25,21 +20,15 @@ from ivg_fast.cli.records import (
     show_progress,
     write_json,
 )
+from ivg_fast.cli.search import add_search, search_of
 from ivg_fast.engine import Engine
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.outputs import RequestOutput
 from ivg_fast.params import EngineConfig, SearchParams
 from ivg_fast.prompts import derive_seed
 from ivg_fast.rendering import PromptInput, PromptRenderer
-from ivg_fast.request import ROLES
-from ivg_fast.templates import PRESET_NAMES, Preset, Template, preset
+from ivg_fast.templates import Preset, Template
 
-_METHODS = {
-    "base": SearchParams.base,
-    "eft": SearchParams.eft,
-    "cbs": SearchParams.cbs,
-    "ivg": SearchParams.ivg,
-}
 _DESCRIPTION = """Decode prompts with a base model, steered by value functions.
 
 --guidance tilts every next-token distribution, --scorer ranks whole chunks in a search over
@@ -64,8 +53,9 @@ _EPILOG = """examples:
     ivg-fast generate --preset imdb --file prompts.txt
 
 In JSON lines "prompt" is a text, a list of chat messages, a list of token ids, or an object of
-these by role (raw, base, tuned, untuned, value); "seed" may stand beside it. A request that fails
-is a line {"prompt", "error"}; the others are finished, and the exit code is 1.
+these by role (raw, base, tuned, untuned, value); "seed" may stand beside it. The lines of a prompt
+are written as soon as it and those before it are done. A request that fails is a line {"prompt",
+"error"}; the others are finished, and the exit code is 1.
 """
 
 
@@ -85,73 +75,58 @@ def add_parser(commands: Any) -> None:
     out = parser.add_argument_group("output")
     out.add_argument("--format", choices=("text", "jsonl"), default="text", help="(default text)")
     add_progress(out)
-    search = parser.add_argument_group("search (see SearchParams); given ones override the named")
-    named = search.add_mutually_exclusive_group()
-    named.add_argument("--method", choices=_METHODS, help="a named method (default base)")
-    named.add_argument(
-        "--preset",
-        choices=PRESET_NAMES,
-        help="an experiment of the paper: its models, templates, search and length; --base, "
-        "--tuned, --untuned, --value and --template override its own",
-    )
-    add_fields(search, SearchParams)
+    add_search(parser, "search (see SearchParams); given ones override the named")
     add_fields(parser.add_argument_group("engine (see EngineConfig)"), EngineConfig)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> bool:
     """Whether every request succeeded."""
-    settings = None if arguments.preset is None else _preset(arguments)
-    models: dict[str, Any] = {role: getattr(arguments, role) for role in ROLES}
-    templates = templates_of(arguments)
-    if settings is not None:
-        models = {role: models[role] or settings.models.get(role) for role in ROLES}
-        templates = {**settings.templates, **templates}
-    if models["base"] is None:
-        raise InvalidParameterError("base", None, "must be given: --base or --preset")
-    params = _params(arguments, settings)
+    asked = search_of(arguments)
+    models, params = asked.models, asked.params
     config = EngineConfig(**fields_of(arguments, EngineConfig))
     prompts, seeds = _prompts(arguments, params)
     check_models(models, [("guidance", params.guidance), ("scorer", params.scorer)])
     with Engine.from_pretrained(
-        **models, dtype=arguments.dtype, templates=templates or None, config=config
+        **models, dtype=arguments.dtype, templates=asked.templates or None, config=config
     ) as engine:
-        every = _within(settings, engine, templates, prompts, params)
-        outputs: Sequence[RequestOutput | None]
-        failures: Mapping[int, BaseException] = {}
+        every = _within(asked.settings, engine, asked.templates, prompts, params)
+        lines = Lines(prompts, arguments.format)
         try:
-            outputs = engine.generate(
-                prompts, every, seeds=seeds, use_tqdm=show_progress(arguments)
+            engine.generate(
+                prompts,
+                every,
+                seeds=seeds,
+                use_tqdm=show_progress(arguments),
+                on_ended=lines.ended,
             )
         except Exception as error:
             if getattr(error, "failures", None) is None:
                 raise
-            outputs, failures = error.outputs, error.failures  # type: ignore[attr-defined]
-    for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
-        if output is None:
-            _write_failure(prompt, failures[index], arguments.format)
-        else:
-            _write(output, arguments.format)
-    return not failures
+            return False
+    return True
 
 
-def _preset(arguments: argparse.Namespace) -> Preset:
-    try:
-        return preset(arguments.preset, base=arguments.base)
-    except InvalidParameterError:  # a folder, or a model of the user's
-        return preset(arguments.preset)
+class Lines:
+    """Writes each prompt's line once those before it are written."""
 
+    def __init__(self, prompts: Sequence[PromptInput], form: str) -> None:
+        self._prompts = prompts
+        self._form = form
+        self._ended: dict[int, RequestOutput | BaseException] = {}
+        self._next = 0
 
-def _params(arguments: argparse.Namespace, settings: Preset | None) -> SearchParams:
-    options = fields_of(arguments, SearchParams)
-    if "scorer" in options:
-        options["scorer"] = scorer_of(options["scorer"])
-    if settings is not None:
-        return dataclasses.replace(settings.params, **options)
-    if "max_tokens" not in options:
-        raise InvalidParameterError("max_tokens", None, "must be given: --max-tokens or --preset")
-    method = _METHODS[arguments.method or "base"](max_tokens=options["max_tokens"])
-    return dataclasses.replace(method, **options)
+    def ended(self, index: int, output: RequestOutput | BaseException) -> None:
+        """Of Engine.generate."""
+        self._ended[index] = output
+        with tqdm.external_write_mode():
+            while self._next in self._ended:
+                ended = self._ended.pop(self._next)
+                if isinstance(ended, RequestOutput):
+                    _write(ended, self._form)
+                else:
+                    _write_failure(self._prompts[self._next], ended, self._form)
+                self._next += 1
 
 
 def _prompts(
@@ -216,7 +191,8 @@ def _write(output: RequestOutput, form: str) -> None:
         print(
             f"  -- score {candidate.score:.3f}, implicit reward {candidate.implicit_reward:.3f}, "
             f"log-prob {candidate.cumulative_logprob:.2f} (base {candidate.base_logprob:.2f}), "
-            f"{candidate.finish_reason}, seed {output.seed}"
+            f"{candidate.finish_reason}, seed {output.seed}",
+            flush=True,
         )
 
 

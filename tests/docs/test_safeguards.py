@@ -86,6 +86,7 @@ def test_every_error_is_in_the_catalogue() -> None:
         {"max_join_steps": -1},
         {"max_queued_requests": 0},
         {"max_prefill_tokens": 0},
+        {"max_prompt_tokens": 0},
         {"num_threads": 0},
         {"num_threads": True},
         {"compile": 1},

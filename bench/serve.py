@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m bench serve`: `ivg-fast serve` under load from another process, streams all of them.
+
+- clients: 1 to 64 that each ask again when they are answered, for the base model alone (W, K = 1,
+  1) and for IVG (W, K, L = 4, 4, 5): tokens a second, time to the first event, between tokens, end
+  to end, and by how much the server's event loop comes late;
+- overload: requests at 4 times the rate that 64 clients got through, with a queue of 64: how many
+  are shed with status 429, how soon, and whether all others are answered.
+
+A time between tokens is that between two events, a token of the second: a search decides tokens at
+its selections. A loop delay is the upper bound of the bucket of /metrics that p99.9 lies in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bench.http_load import (
+    Answer,
+    closed_loop,
+    loop_delays,
+    open_loop,
+    quantile_bound,
+    server_process,
+)
+from bench.run import OURS, Run, parser_of
+from ivg_fast.training.data import test_prompts
+
+CLIENTS = (1, 2, 4, 8, 16, 32, 64)
+QUICK_CLIENTS = (1, 16, 64)
+NUM_QUEUED = 64
+OVERLOAD = 4
+SEARCHES: dict[str, dict[str, Any]] = {
+    "base": {},
+    "IVG": {
+        "guidance": "implicit",
+        "guidance_weight": 0.5,
+        "scorer": "explicit",
+        "beam_width": 4,
+        "num_candidates": 4,
+        "chunk_length": 5,
+    },
+}
+
+
+def bodies_of(search: Mapping[str, Any], num_tokens: int) -> Iterator[dict[str, Any]]:
+    """Held-out prompts again and again, each time with another seed."""
+    fixed = {"max_tokens": num_tokens, "temperature": 0.7, "ignore_eos": True, **search}
+    for seed, prompt in enumerate(itertools.cycle(test_prompts(64))):
+        yield {"prompt": prompt, "seed": seed, **fixed}
+
+
+def add_times(
+    run: Run, kernel: str, x: Mapping[str, int], metric: str, seconds: Sequence[float], config: str
+) -> None:
+    """Milliseconds: 20th, 50th, 80th percentile, and p95 and p99 by themselves."""
+    if not len(seconds):
+        return
+    times = np.asarray(seconds) * 1e3
+    run.add(kernel, OURS, metric, "ms", x, times, config)
+    for name, q in (("p95", 95), ("p99", 99)):
+        value = float(f"{np.percentile(times, q):.4g}")
+        run.add(kernel, OURS, f"{metric}, {name}", "ms", x, [value], config)
+
+
+def between_tokens(answer: Answer, num_tokens: int) -> list[float]:
+    """Seconds a token of each event but the first; tokens are spread evenly over the events."""
+    each = num_tokens / len(answer.arrivals)
+    return [(b - a) / each for a, b in itertools.pairwise(answer.arrivals)]
+
+
+def level(run: Run, port: int, name: str, num_clients: int, num_tokens: int, rounds: int) -> float:
+    """One number of clients; requests a second."""
+    config = f"IMDB family, float32, {num_tokens} tokens, T 0.7, streamed"
+    kernel, x = f"serve, {name}", {"clients": num_clients}
+    bodies = bodies_of(SEARCHES[name], num_tokens)
+    before = loop_delays(port)
+    load = closed_loop(port, num_clients, max(rounds, rounds // 2 * num_clients), bodies)
+    answers, seconds = asyncio.run(load)
+    if not all(answer.is_whole for answer in answers):
+        raise RuntimeError("a request was not answered")
+    rate = len(answers) / seconds
+    run.add(kernel, OURS, "throughput", "tokens/s", x, [float(f"{rate * num_tokens:.4g}")], config)
+    first = [answer.arrivals[0] for answer in answers]
+    between = [t for answer in answers for t in between_tokens(answer, num_tokens)]
+    add_times(run, kernel, x, "time to first event", first, config)
+    add_times(run, kernel, x, "time between tokens", between, config)
+    add_times(run, kernel, x, "end to end", [answer.seconds for answer in answers], config)
+    delay = quantile_bound(before, loop_delays(port), 0.999) * 1e3
+    run.add(kernel, OURS, "event loop delay, p99.9", "ms", x, [delay], config)
+    print(
+        f"{kernel:<14} {num_clients:>3} clients {rate * num_tokens:>8.1f} tokens/s, first event "
+        f"{np.median(first) * 1e3:.0f} ms, loop delay p99.9 <= {delay:.0f} ms",
+        flush=True,
+    )
+    return rate
+
+
+def overload(run: Run, port: int, name: str, rate: float, num_tokens: int, seconds: float) -> None:
+    """More than it can do."""
+    config = f"IMDB family, float32, {num_tokens} tokens, T 0.7, streamed, queue {NUM_QUEUED}"
+    kernel, x = f"serve, {name}, overload", {"times": OVERLOAD}
+    count = max(int(OVERLOAD * rate * seconds), OVERLOAD * NUM_QUEUED)
+    load = open_loop(port, OVERLOAD * rate, count, bodies_of(SEARCHES[name], num_tokens))
+    answers, _ = asyncio.run(load)
+    shed = [answer for answer in answers if answer.status == 429]
+    accepted = [answer for answer in answers if answer.status == 200]
+    if len(shed) + len(accepted) < count or not all(answer.is_whole for answer in accepted):
+        raise RuntimeError("a request was neither answered nor shed")
+    run.add(kernel, OURS, "shed", "%", x, [round(100 * len(shed) / count, 1)], config)
+    add_times(run, kernel, x, "time to status 429", [answer.seconds for answer in shed], config)
+    add_times(run, kernel, x, "end to end", [answer.seconds for answer in accepted], config)
+    print(
+        f"{kernel}: {count} requests, {len(shed)} shed, {len(accepted)} accepted and finished",
+        flush=True,
+    )
+
+
+def main() -> None:
+    options = parser_of(__doc__).parse_args()
+    run = Run("serve", options, sys.argv[1:], num_rounds=(8, 4))
+    num_tokens = 20 if options.quick else 40
+    gains = {}
+    queue = ("--max-queued-requests", str(NUM_QUEUED))
+    with server_process(options.threads, *queue) as port:
+        for name in SEARCHES:
+            bodies = bodies_of(SEARCHES[name], num_tokens)
+            asyncio.run(closed_loop(port, 4, 8, bodies))  # a warm-up
+            rates = {
+                clients: level(run, port, name, clients, num_tokens, run.num_rounds)
+                for clients in (QUICK_CLIENTS if options.quick else CLIENTS)
+            }
+            gains[name] = round(rates[16] / rates[1], 2)
+            overload(run, port, name, rates[64], num_tokens, 4.0)
+    run.finish(throughput_16_clients_over_1=gains)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the application under uvicorn until it is told to end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from ivg_fast.errors import InvalidParameterError
+from ivg_fast.server.config import ServerConfig
+
+_SWITCH_S = 0.0005
+
+_LOG = logging.getLogger("ivg_fast")
+
+
+def read_key(file: Path | None, variable: str | None) -> str | None:
+    """The API key, of a file or an environment variable; None where neither is named.
+
+    Raises:
+        InvalidParameterError: both are named, or what is named holds no key.
+    """
+    if file is not None and variable is not None:
+        raise InvalidParameterError("api_key_file", str(file), "must stand without api_key_env")
+    name, place = ("api_key_env", variable) if file is None else ("api_key_file", str(file))
+    if place is None:
+        return None
+    try:
+        key = os.environ.get(place, "") if file is None else file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidParameterError(name, place, f"must be readable text ({error})") from error
+    if not key.strip():
+        raise InvalidParameterError(name, place, "must hold a key")
+    return key.strip()
+
+
+def listen(config: ServerConfig) -> socket.socket:
+    """A socket at the address; those who connect wait until it is served.
+
+    Raises:
+        OSError: nobody can listen there.
+    """
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    return socket.create_server((config.host, config.port), family=family, backlog=2048)
+
+
+def make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
+    """What serves the application, not started yet."""
+    options = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=config.drain_timeout_s,
+    )
+    return uvicorn.Server(options)
+
+
+def serve(app: FastAPI, config: ServerConfig, listener: socket.socket) -> None:
+    """Serves until SIGTERM or SIGINT, then lets the requests finish that have been accepted, for
+    `drain_timeout_s` at most. Prints its address first.
+    """
+    host = f"[{config.host}]" if listener.family == socket.AF_INET6 else config.host
+    print(f"ivg-fast: serving on http://{host}:{listener.getsockname()[1]}", flush=True)
+    # The engine's thread holds the interpreter between its kernels, and the event loop gives it up
+    # at each write: at the default of 5 ms, sixty streams could wait 300 ms for their turns.
+    sys.setswitchinterval(_SWITCH_S)
+    # uvicorn raises the signal that ended it once more: it has done its work by then.
+    before = {number: signal.signal(number, _ended) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        make_server(app, config).run(sockets=[listener])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ended(number: int, _: object) -> None:
+    _LOG.info("ended by %s", signal.Signals(number).name)

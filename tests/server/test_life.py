@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clients that go away, a full queue, failures, deadlines, metrics, shutdowns."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("openai")
+
+import requests
+from engine_cases import text_score
+from openai import APIError, APIStatusError, InternalServerError, OpenAI, RateLimitError
+from serving import MODEL, Server, make_engine, serving, wait_until
+
+from ivg_fast import Engine, RequestOutput, SearchParams
+from ivg_fast.assets import imdb_path
+
+LONG = {"max_tokens": 200, "seed": 3, "extra_body": {"ignore_eos": True}}
+LONG_BODY = {"max_tokens": 200, "seed": 3, "ignore_eos": True}
+
+
+class Steps:
+    """Watches the steps of an engine: what has ended, and a brake."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.ended: list[Any] = []
+        self.seconds = 0.0
+        self.is_open = threading.Event()
+        self.is_open.set()
+        self.num_waits = 0
+        self._step = engine.step
+        engine.step = self._run  # type: ignore[method-assign]
+
+    def _run(self) -> Any:
+        if not self.is_open.is_set():
+            self.num_waits += 1
+            self.is_open.wait()
+        time.sleep(self.seconds)
+        ended = self._step()
+        self.ended += [output for _, output in ended]
+        return ended
+
+    @property
+    def reasons(self) -> list[str]:
+        outputs = [output for output in self.ended if isinstance(output, RequestOutput)]
+        return [output.outputs[0].finish_reason for output in outputs]
+
+
+@pytest.fixture
+def braked() -> Iterator[Callable[[Engine], Steps]]:
+    """Makes Steps, whose brakes are off at the end."""
+    made: list[Steps] = []
+
+    def make(engine: Engine) -> Steps:
+        made.append(Steps(engine))
+        return made[-1]
+
+    yield make
+    for steps in made:
+        steps.is_open.set()
+        steps.seconds = 0.0
+
+
+def samples(server: Server, *names: str) -> list[float]:
+    found = server.metrics()
+    return [found[f"ivg_{name}"] for name in names]
+
+
+def test_a_stream_that_is_left_is_aborted(braked) -> None:
+    engine = make_engine(max_stream_steps=1)
+    steps = braked(engine)
+    steps.seconds = 0.01
+    with serving(engine) as server:
+        for prompt in ("hello", ["one", "two", "three"]):
+            stream = server.client().completions.create(
+                model=MODEL, prompt=prompt, stream=True, **LONG
+            )
+            next(iter(stream))
+            assert engine.stats()["num_blocks_used"] > 0
+            stream.close()
+            server.wait_idle()
+        assert steps.reasons == ["abort"] * 4
+        assert all(len(output.outputs[0].token_ids) < 200 for output in steps.ended)
+        wait_until(lambda: samples(server, "requests_total disconnected") == [2])
+        wait_until(lambda: samples(server, "requests_total ok") == [0])
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_client_that_does_not_wait_is_aborted(braked, is_streamed: bool) -> None:
+    """Before anything has been decided: a search of one chunk decides nothing before its end."""
+    engine = make_engine()
+    steps = braked(engine)
+    steps.seconds = 0.05
+    body = {"model": MODEL, "prompt": "hello", "num_candidates": 3, "stream": is_streamed}
+    with serving(engine) as server:
+        url = f"{server.url}/v1/completions"
+        with pytest.raises(requests.exceptions.RequestException, match="Read timed out"):
+            requests.post(url, json=body | LONG_BODY, timeout=0.3)
+        server.wait_idle()
+        assert steps.reasons == ["abort"]
+        wait_until(lambda: samples(server, "requests_total disconnected") == [1])
+
+
+@pytest.mark.parametrize("is_gone_at_once", [False, True])
+def test_a_stream_that_nobody_begins_to_read_ends(is_gone_at_once: bool) -> None:
+    """A client may go between the acceptance of its request and the first event."""
+    from ivg_fast.server.endpoints import _EventStream
+
+    seen: list[str] = []
+
+    async def events():
+        seen.append("begun")
+        yield b""
+        await asyncio.sleep(3600)
+
+    async def end() -> None:
+        seen.append("ended")
+
+    async def receive() -> dict[str, str]:
+        if not is_gone_at_once:
+            await asyncio.sleep(0.01)
+        return {"type": "http.disconnect"}
+
+    async def send(_: object) -> None:
+        await asyncio.sleep(0)
+
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+    asyncio.run(asyncio.wait_for(_EventStream(events(), end)(scope, receive, send), 60))
+    assert seen == (["ended"] if is_gone_at_once else ["begun", "ended"])
+
+
+def test_those_who_stay_never_notice(braked) -> None:
+    with make_engine() as alone:
+        (expected,) = alone.generate("hello", SearchParams(max_tokens=40, seed=1))
+    engine = make_engine(max_stream_steps=1)
+    braked(engine).seconds = 0.002
+    with serving(engine) as server, ThreadPoolExecutor(8) as pool:
+        stays = [pool.submit(server.post, max_tokens=40, seed=1) for _ in range(4)]
+        for _ in range(4):
+            stream = server.client().completions.create(
+                model=MODEL, prompt="x", stream=True, **LONG
+            )
+            next(iter(stream))
+            stream.close()
+        texts = {stay.result().json()["choices"][0]["text"] for stay in stays}
+        assert texts == {expected.outputs[0].text}
+
+
+def test_overload_sheds_at_once_and_what_was_accepted_finishes(braked) -> None:
+    with make_engine() as alone:
+        (expected,) = alone.generate("hello", SearchParams(max_tokens=12, seed=1))
+    engine = make_engine(max_queued_requests=3)
+    steps = braked(engine)
+    with serving(engine, retry_after_s=7) as server, ThreadPoolExecutor(32) as pool:
+        steps.is_open.clear()
+        calls = [pool.submit(server.post, seed=1, stream=i % 2 == 0) for i in range(24)]
+        wait_until(lambda: sum(call.done() for call in calls) == 21)  # no step has run since
+        assert steps.num_waits == 1
+        shed = [call.result() for call in calls if call.done()]
+        for response in shed:
+            assert response.status_code == 429
+            assert response.headers["retry-after"] == "7"
+            assert response.json()["error"]["code"] == "queue_full"
+        with pytest.raises(RateLimitError, match="max_queued_requests"):
+            server.client().completions.create(model=MODEL, prompt="x")
+        # Some would fit, all would not: none is accepted.
+        assert server.post(prompt=["a"] * 4, stream=True).status_code == 429
+        steps.is_open.set()
+        texts = [text_of(c.result()) for c in calls if c.result() not in shed]
+        assert texts == [expected.outputs[0].text] * 3
+        counters = ("requests_total overloaded", "requests_total ok")
+        wait_until(lambda: samples(server, *counters) == [23, 3])
+
+
+def text_of(response: requests.Response) -> str:
+    assert response.status_code == 200, response.text
+    if not response.headers["content-type"].startswith("text/event-stream"):
+        return response.json()["choices"][0]["text"]
+    *lines, done = [line for line in response.text.split("\n\n") if line]
+    assert done == "data: [DONE]"
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+    return "".join(chunk["choices"][0]["text"] for chunk in chunks)
+
+
+def picky(inputs: Any) -> list[float]:
+    if "bad" in inputs[0].prompt:
+        raise ValueError("no")
+    return text_score(inputs)
+
+
+def test_a_request_that_fails_leaves_the_others() -> None:
+    defaults = SearchParams.cbs(max_tokens=12, chunk_length=4, scorer=picky, seed=1)
+    with make_engine() as alone:
+        expected = alone.generate("fine", defaults)[0].outputs[0].text
+    with serving(make_engine(), defaults=defaults) as server, ThreadPoolExecutor(8) as pool:
+        fine = [pool.submit(server.post, prompt="fine", stream=i == 0) for i in range(3)]
+        with pytest.raises(InternalServerError, match="scorer picky raised ValueError"):
+            server.client().completions.create(model=MODEL, prompt="bad")
+        stream = server.client().completions.create(model=MODEL, prompt="bad", stream=True)
+        with pytest.raises(APIError, match="scorer picky raised ValueError"):
+            list(stream)
+        # One of several prompts takes the request with it, and nothing else.
+        with pytest.raises(InternalServerError, match="picky"):
+            server.client().completions.create(model=MODEL, prompt=["fine", "bad", "fine"])
+        assert [text_of(call.result()) for call in fine] == [expected] * 3
+        wait_until(lambda: samples(server, "requests_total failed", "requests_total ok") == [3, 3])
+
+
+def test_an_unknown_failure_says_nothing_of_itself(monkeypatch) -> None:
+    with serving(make_engine()) as server:
+
+        def create(*_: Any) -> None:
+            raise OSError("/secret/place")
+
+        monkeypatch.setattr(server.engine._factory, "create", create)
+        with pytest.raises(InternalServerError) as caught:
+            server.client().completions.create(model=MODEL, prompt="x")
+        assert caught.value.code == "internal_error"
+        assert "secret" not in str(caught.value)
+
+
+def test_an_engine_whose_thread_fails(braked) -> None:
+    engine = make_engine()
+    steps = braked(engine)
+    with serving(engine) as server:
+        steps._step = None  # type: ignore[assignment]
+        for _ in range(2):
+            with pytest.raises(APIStatusError) as caught:
+                server.client().completions.create(model=MODEL, prompt="x")
+            assert caught.value.status_code == 503
+            assert caught.value.code == "stopped"
+        response = requests.get(f"{server.url}/health", timeout=60)
+        assert (response.status_code, response.json()) == (503, {"status": "stopped"})
+        assert requests.get(f"{server.url}/metrics", timeout=60).status_code == 200
+
+
+def test_a_deadline_returns_what_there_is(braked) -> None:
+    engine = make_engine(max_burst_steps=2)
+    braked(engine).seconds = 0.02
+    with serving(engine) as server:
+        for is_streamed in (False, True):
+            got = server.post(**LONG_BODY, deadline_s=0.3, stream=is_streamed)
+            text = text_of(got)
+            last = got.text.split("\n\n")[-3].removeprefix("data: ") if is_streamed else got.text
+            (choice,) = json.loads(last)["choices"]
+            assert choice["finish_reason"] == "length"
+            assert choice["ivg"]["finish_reason"] == "deadline"
+            assert 0 < len(text) < 200
+        wait_until(lambda: samples(server, "request_success_total deadline") == [2])
+
+
+def test_metrics(braked) -> None:
+    engine = make_engine()
+    steps = braked(engine)
+    with serving(engine) as server, ThreadPoolExecutor(8) as pool:
+        wait_until(lambda: samples(server, "num_requests_running", "kv_cache_usage_perc") == [0, 0])
+        steps.is_open.clear()
+        calls = [pool.submit(server.post, prompt="abcde", seed=i) for i in range(3)]
+        wait_until(lambda: samples(server, "num_requests_waiting") == [3])
+        steps.seconds = 0.05
+        steps.is_open.set()
+        wait_until(lambda: samples(server, "num_requests_running") == [3])
+        blocks = engine.stats()["num_blocks_used"]
+        assert not blocks or samples(server, "kv_cache_usage_perc")[0] <= blocks / 600 + 0.1
+        bodies = [call.result().json() for call in calls]
+        steps.seconds = 0.0
+        streamed = server.post(prompt="abc", stream=True, max_tokens=9, ignore_eos=True)
+        assert streamed.status_code == 200
+        assert server.post(max_tokens=0).status_code == 400
+        assert server.post(max_tokens="x").status_code == 400
+        wait_until(lambda: samples(server, "requests_total ok") == [4])
+        found = server.metrics()
+        counted = {
+            name: found[f"ivg_{name}_total"] for name in ("prompt_tokens", "generation_tokens")
+        }
+        used = sum(body["usage"]["completion_tokens"] for body in bodies)
+        assert counted == {"prompt_tokens": 18, "generation_tokens": used + 9}
+        reasons = [body["choices"][0]["finish_reason"] for body in bodies] + ["length"]
+        for reason in set(reasons):
+            assert found[f"ivg_request_success_total {reason}"] == reasons.count(reason)
+        assert found["ivg_requests_total ok"] == found["ivg_e2e_request_latency_seconds_count"] == 4
+        assert found["ivg_requests_total invalid"] == 2
+        assert found["ivg_time_to_first_token_seconds_count"] == 1
+        events = [line for line in streamed.text.split("\n\n") if '"text":""' not in line]
+        assert found["ivg_inter_token_latency_seconds_count"] == len(events) - 3
+        assert found["ivg_e2e_request_latency_seconds_sum"] > 0.05
+        assert found["ivg_event_loop_delay_seconds_count"] > 0
+
+
+def test_a_server_that_ends_lets_requests_finish(braked) -> None:
+    engine = make_engine()
+    steps = braked(engine)
+    steps.seconds = 0.01
+    with serving(engine) as server, ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(server.post, **LONG_BODY, stream=i == 0) for i in range(3)]
+        wait_until(lambda: engine.stats()["num_requests_running"] == 3)
+        server.stop()
+        texts = {text_of(call.result()) for call in calls}
+        assert {len(text) > 20 for text in texts} == {True}
+        assert len(texts) == 1
+        with pytest.raises(requests.exceptions.ConnectionError):
+            server.post()
+    assert steps.reasons == ["length"] * 3
+
+
+def test_a_server_that_ends_does_not_wait_for_ever(braked) -> None:
+    engine = make_engine(max_burst_steps=1)
+    steps = braked(engine)
+    steps.seconds = 0.05
+    with serving(engine, drain_timeout_s=1) as server, ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(server.post, **LONG_BODY, stream=i == 0) for i in range(2)]
+        wait_until(lambda: engine.stats()["num_requests_running"] == 2)
+        server.stop()
+    for call in calls:
+        error = call.exception()
+        assert error is not None or call.result().status_code >= 500
+    assert steps.reasons == ["abort"] * 2
+
+
+@pytest.fixture
+def command() -> list[str]:
+    base = str(imdb_path() / "base")
+    options = "--port 0 --num-blocks 200 --num-threads 1 --max-stream-steps 1 --model-name imdb"
+    return [sys.executable, "-m", "ivg_fast.cli", "serve", "--base", base, *options.split()]
+
+
+def test_the_command_drains_at_sigterm(command: list[str]) -> None:
+    environment = {**os.environ, "A_KEY": "key of mine", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [*command, "--api-key-env", "A_KEY", "--ignore-eos", "--seed", "5"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            url = line.removeprefix("ivg-fast: serving on ").strip()
+            assert url.startswith("http://127.0.0.1:"), line
+            client = OpenAI(base_url=f"{url}/v1", api_key="key of mine", max_retries=0)
+            stream = iter(
+                client.completions.create(
+                    model="imdb", prompt="I saw this film", max_tokens=100, stream=True
+                )
+            )
+            chunks = [next(stream)]
+            process.send_signal(signal.SIGTERM)
+            chunks += list(stream)
+            assert chunks[-1].choices[0].finish_reason == "length"
+            assert len(chunks[-1].choices[0].ivg["token_ids"]) == 100
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    params = SearchParams(max_tokens=100, seed=5, ignore_eos=True)
+    with Engine.from_pretrained(imdb_path() / "base") as engine:
+        (expected,) = engine.generate("I saw this film", params)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected.outputs[0].text
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ("--port 99999", 2, "port must be an integer"),
+        ("--host 192.0.2.1", 1, "assign requested address"),
+        ("--api-key-env ABSENT_KEY", 2, "api_key_env must hold a key"),
+        ("--method eft", 2, "needs tuned and untuned"),
+        ("--max-tokens 9999", 2, "max_tokens must be at most 2048"),
+    ],
+)
+def test_wrong_commands(command: list[str], capsys, options: str, code: int, message: str) -> None:
+    from ivg_fast.cli import main
+
+    assert main([*command[3:], *options.split()]) == code
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "127.0.0.1"])
+def test_a_public_address_without_a_key_is_warned_of(
+    command: list[str], caplog, monkeypatch, host: str
+) -> None:
+    from ivg_fast.cli import main
+
+    def listen(_: object) -> None:
+        raise OSError("that is all")
+
+    monkeypatch.setattr("ivg_fast.server.serve.listen", listen)
+    assert main([*command[3:], "--host", host]) == 1
+    assert ("no API key" in caplog.text) is (host == "192.0.2.1")
+
+
+def test_no_key_in_the_arguments(capsys) -> None:
+    from ivg_fast.cli import build_parser
+
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["serve", "--base", "B", "--api-key", "plain"])
+    capsys.readouterr()
+
+
+def test_without_the_extra(monkeypatch, capsys, command: list[str]) -> None:
+    from ivg_fast.cli import main, serve
+
+    monkeypatch.setattr(serve, "_is_there", lambda name: name != "uvicorn")
+    assert main(command[3:]) == 1
+    assert "needs uvicorn: pip install 'ivg_fast[server]'" in capsys.readouterr().err
+    for name in ("fastapi", "uvicorn", "prometheus_client"):  # an import of it raises
+        monkeypatch.setitem(sys.modules, name, None)
+    for module in ("ivg_fast.server.config", "ivg_fast.cli.serve"):
+        monkeypatch.delitem(sys.modules, module)
+        importlib.import_module(module)
