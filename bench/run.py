@@ -111,17 +111,22 @@ class Run:
         self.records: list[Record] = []
         self.limits: dict[str, float] = {}
         self.left_out: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
         self._begin = self._last = time.monotonic()
         self._longest = 0.0
         self._device_name, self._versions = device_name(self.device), versions()
 
-    def has_time(self, what: str) -> bool:
-        """Whether there is time for `what`, if it takes as long as the longest so far; else it is
-        among those left out."""
+    def has_time(self, what: str, expected: float | None = None) -> bool:
+        """Whether there is time for `what`, else it is among those left out.
+
+        Args:
+            expected: seconds that it may take; None: as long as the longest so far.
+        """
         now = time.monotonic()
         self._longest, self._last = max(self._longest, now - self._last), now
         limit = self.options.seconds
-        if limit is None or now - self._begin + self._longest <= limit:
+        needed = self._longest if expected is None else expected
+        if limit is None or now - self._begin + needed <= limit:
             return True
         self.leave_out(what, f"no time left of {limit:g} s")
         return False
@@ -130,6 +135,11 @@ class Run:
         """Says in the results that something was not measured."""
         self.left_out[what] = why
         print(f"left out: {what}: {why}", flush=True)
+
+    def fail(self, what: str, why: str) -> None:
+        """Says in the results that something went wrong; others go on."""
+        self.failed[what] = why
+        print(f"failed: {what}: {why}", flush=True)
 
     def measure_limits(self) -> None:
         """What the shares of later records refer to: the median bandwidths of this run."""
@@ -163,7 +173,7 @@ class Run:
             self.command,
         )
         self.records.append(record)
-        if metric in ("time", "bandwidth"):
+        if metric in ("time", "time per step", "bandwidth"):
             print(
                 f"{kernel:<26} {record.x:<24} {provider:<32} {record.y_50:>10.6g} {unit} "
                 f"[{record.y_20:.6g}, {record.y_80:.6g}]",
@@ -240,7 +250,7 @@ class Run:
                 try:
                     repeated[name] = Repeated(calls, self.device)
                 except RuntimeError as error:
-                    self.leave_out(f"{kernel} {as_x(x)}, {cache}: {name}", _first_line(error))
+                    self.leave_out(f"{kernel} {as_x(x)}, {cache}: {name}", first_line(error))
             seconds = take_turns(watch, repeated, self.num_rounds, 2)
             where = f"{kernel}, graph, {cache}"
             how = f"{config}, {cache} cache: {len(chosen)} sets of inputs in turn"
@@ -277,12 +287,14 @@ class Run:
             "limits_GB_s": self.limits,
             "ratios": self.ratios(),
             "left_out": self.left_out,
+            "failed": self.failed,
             **summary,
         }
         print(json.dumps(found), flush=True)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
