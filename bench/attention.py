@@ -220,6 +220,7 @@ def _one_place(
     num_sets = num_cold_sets(rows.num_bytes, cache_bytes(run.device)) or 1
     can_gather = True
     if run.device == "cuda":
+        torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0]
         # Kept for each layer, and gathered once more for the calls that do so.
         can_gather = (num_sets + 2) * rows.gathered_bytes <= MAX_GATHERED * free

@@ -28,6 +28,7 @@ from ivg_fast.ops.philox import uniform
 from ivg_fast.ops.token_logprobs import pair_token_logprobs
 
 WEIGHT, TEMPERATURE = 1.0, 0.7
+EAGER, COMPILED = "multinomial chain", "torch.compile, hierarchical"
 ISAS = ("avx512", "avx2", "baseline")
 # (rows, vocabulary): along rows, along the vocabulary
 QUICK = ((1, 32_000), (16, 32_000), (16, 128_256))
@@ -71,16 +72,16 @@ class Batch:
 
 
 # torch.multinomial may wait for the device, which no graph can hold.
-WAITING = ("multinomial chain", "sort chain", "torch.topk chain")
+WAITING = (EAGER, "sort chain", "torch.topk chain")
 FILTERS = {"top-k 50": (50, 1.0), "top-p 0.9": (0, 0.9), "both": (50, 0.9)}
 
 
 def unfiltered(batch: Batch, compiled: Any) -> dict[str, Call]:
     return {
         OURS: batch.ours(),
-        "multinomial chain": batch.theirs(plain.multinomial),
+        EAGER: batch.theirs(plain.multinomial),
         "cumsum + searchsorted": batch.theirs(plain.inverse_cdf, batch.u),
-        "torch.compile, hierarchical": batch.theirs(compiled, batch.u),
+        COMPILED: batch.theirs(compiled, batch.u),
         "read": batch.read,
     }
 

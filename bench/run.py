@@ -122,6 +122,7 @@ class Run:
         Args:
             expected: seconds that it may take; None: as long as the longest so far.
         """
+        self.save()  # it may be ended before it finishes
         now = time.monotonic()
         self._longest, self._last = max(self._longest, now - self._last), now
         limit = self.options.seconds
@@ -272,10 +273,14 @@ class Run:
             if r.provider != ours and (r.kernel, r.x) in own
         }
 
-    def finish(self, **summary: Any) -> None:
-        """Writes what was asked for; the last line of stdout is one JSON object."""
+    def save(self) -> None:
+        """Writes the records so far, where that was asked for."""
         if self.options.out:
             write_csv(self.options.out, self.records)
+
+    def finish(self, **summary: Any) -> None:
+        """Writes what was asked for; the last line of stdout is one JSON object."""
+        self.save()
         if self.options.plot:
             from bench.plots import draw  # matplotlib is for those who plot
 
