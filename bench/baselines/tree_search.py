@@ -18,6 +18,9 @@ from ivg_fast.params import SearchParams
 # Siblings share a row up to this many local slots; beyond, each child gets a row of its own,
 # because every query of a row computes (masked) scores on its siblings' local slots too.
 MAX_TREE_SLOTS = 128
+# A GPU has that arithmetic to spare while it waits for weights, and would copy the prompt for rows
+# of their own. Not measured.
+MAX_GPU_TREE_SLOTS = 1024
 
 
 class TreeSearch:
@@ -65,7 +68,8 @@ class TreeSearch:
 
     def _fanout(self, num_children: int, num_tokens: int) -> int:
         """Children that share a row in a chunk of `num_tokens`."""
-        fits = num_children * (num_tokens - 1) <= MAX_TREE_SLOTS
+        limit = MAX_GPU_TREE_SLOTS if self.device.type == "cuda" else MAX_TREE_SLOTS
+        fits = num_children * (num_tokens - 1) <= limit
         return num_children if fits else 1
 
     def _open_caches(self, num_prompts: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreted import needs_loops
 
 from bench import attention, crossover, harness, kv, ops, run
 from ivg_fast.ops.kv_cache import BLOCK_SIZE
@@ -125,13 +126,8 @@ def test_forks_of_a_family_are_measured_in_graphs() -> None:
     assert ("write_kv, graph, warm", "ivg_fast") in found
 
 
-@pytest.fixture
-def interpreter() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("the kernels run on the GPU here, and not on the CPU's tensors")
-
-
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiled kernels refuse the CPU's tensors")
+@needs_loops
 def test_attention_with_and_without_sharing(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_flash(rows: attention.Rows, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return rows.attend(keys, values)
