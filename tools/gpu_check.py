@@ -38,7 +38,7 @@ FAMILIES = {"llama2": 75.0, "llama3": 50.0, "gpt2": 50.0}
 TRAINING_PACKAGES = ("accelerate", "datasets", "peft", "sklearn", "trl", "vaderSentiment")
 MAX_LOG = 400_000  # characters of each, the last
 TOOL_FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
-VERSIONS = ("torch", "triton", "transformers", "numpy", "pybind11", "cmake", "ninja", "pytest")
+VERSIONS = ("triton", "transformers", "numpy", "pybind11", "cmake", "ninja", "pytest")
 QUERY = ("name", "driver_version", "memory.total", "compute_cap", "clocks.max.sm", "power.limit")
 
 
@@ -135,7 +135,9 @@ def device() -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    import torch
+
+    found = {"python": platform.python_version(), "torch": torch.__version__}
     for name in VERSIONS:
         try:
             found[name] = metadata.version(name)
