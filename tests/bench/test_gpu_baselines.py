@@ -74,21 +74,27 @@ def with_graphs(one: TunedPyTorchIVG) -> TunedPyTorchIVG:
 
 
 @pytest.mark.usefixtures("recorded")
-@pytest.mark.parametrize(("guidance", "scorer"), GRID)
+@pytest.mark.parametrize(
+    ("name", "guidance", "scorer", "tree_slots"),
+    [
+        ("llama", "implicit", "explicit", tree_search.MAX_TREE_SLOTS),
+        ("gpt2", "implicit", "implicit", tree_search.MAX_TREE_SLOTS),
+        ("gpt2", "none", "explicit", 0),  # each child in a row of its own
+    ],
+)
 def test_recorded_steps_draw_the_same(
-    family: Family, guidance: str, scorer: str, monkeypatch: pytest.MonkeyPatch
+    name: str, guidance: str, scorer: str, tree_slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tree_search, "MAX_TREE_SLOTS", tree_slots)
+    family = Family(37, name)
     graphed = with_graphs(provider(family, use_constant_shapes=True))
-    plain = family.provider("tuned_pytorch", eos=False)
     params = SearchParams.cbs(
-        max_tokens=13, guidance=guidance, scorer=scorer, temperature=0.7, chunk_length=5
+        max_tokens=8, guidance=guidance, scorer=scorer, temperature=0.7, chunk_length=3
     )
-    for seed, slots in ((3, tree_search.MAX_TREE_SLOTS), (4, 0)):
-        monkeypatch.setattr(tree_search, "MAX_TREE_SLOTS", slots)
-        expected = plain.generate(PROMPTS, params, seed=seed)
-        got = graphed.generate(PROMPTS, params, seed=seed)
-        assert [r.token_ids for r in got] == [r.token_ids for r in expected]
-        assert [r.score for r in got] == pytest.approx([r.score for r in expected], abs=1e-4)
+    expected = family.provider("tuned_pytorch", eos=False).generate(PROMPTS, params, seed=4)
+    got = graphed.generate(PROMPTS, params, seed=4)
+    assert [r.token_ids for r in got] == [r.token_ids for r in expected]
+    assert [r.score for r in got] == pytest.approx([r.score for r in expected], abs=1e-4)
     before = RecordedGraphs.num_recorded
     assert before
     assert graphed.generate(PROMPTS, params, seed=4) == got
@@ -99,8 +105,9 @@ def test_recorded_steps_draw_the_same(
 
 
 @pytest.mark.usefixtures("recorded")
-def test_a_recording_notices_what_a_graph_would_bake_in(family: Family) -> None:
+def test_a_recording_notices_what_a_graph_would_bake_in() -> None:
     """The control: with the first slot as a number every replay writes where the first one did."""
+    family = Family(37)
     one = with_graphs(provider(family, use_constant_shapes=True))
 
     def baked(role: Any, start: int) -> Any:
@@ -114,7 +121,7 @@ def test_a_recording_notices_what_a_graph_would_bake_in(family: Family) -> None:
 
     for role in one._roles.values():
         role._graphs = RecordedGraphs(baked(role, 5))
-    params = SearchParams.ivg(max_tokens=13, temperature=0.7)
+    params = SearchParams.ivg(max_tokens=8, temperature=0.7, chunk_length=4)
     expected = family.provider("tuned_pytorch", eos=False).generate(PROMPTS, params, seed=3)
     assert one.generate(PROMPTS, params, seed=3) != expected
 
