@@ -217,7 +217,8 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     for old in (*work.glob("*.log"), *work.glob("*_cuda.csv")):
         old.unlink()
-    path = [os.environ.get("PATH", ""), *filter(os.path.isdir, TOOL_FOLDERS)]
+    folders = [str(Path(PYTHON).parent), *filter(os.path.isdir, TOOL_FOLDERS)]
+    path = [os.environ.get("PATH", ""), *folders]
     os.environ["PATH"] = os.pathsep.join(path)
     found = {"device": device(), "versions": versions(), "commit": commit()}
     begin = time.monotonic()
