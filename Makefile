@@ -65,8 +65,9 @@ test-wheel: $(VENV)/installed
 	cd / && PYTHONPATH="$(abspath build/wheel-site)" $(abspath $(BIN))/python \
 	  $(abspath tools/check_wheel.py) "$(abspath build/wheel-site)"
 
-# On a machine with a GPU, without a network: the Python that has torch builds in place and checks.
-# ONLY="build tests memcheck racecheck ops" picks steps, OUT is where results go.
+# On a machine with a GPU, without a network: the Python that has torch builds in place and checks;
+# eight minutes. ONLY="build tests ..." picks steps (family and ncu run when they are named), QUICK=1
+# measures less, OUT is where results go, REVIEWS_CSV is what family trains on.
 gpu-check:
 	$(PYTHON) tools/gpu_check.py
 

@@ -12,6 +12,7 @@ NAMES = {
     "e2e": "guided search end to end against plain PyTorch and the engine's own bound",
     "serve": "the HTTP server under load from another process",
     "all": "all of these, one after another",
+    "models": "guided search on models of well-known shapes, random weights, for a GPU",
     "report": "README's table, and plots, from bench/results",
     "demo": "base, EFT, CBS and IVG on held-out prompts",
 }

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 
 FLUSH_BYTES = 256 << 20
+MAX_SETS = 128
+FILLER_CYCLES = 200_000  # about 0.1 ms
 SCALE = {"s": 1.0, "ms": 1e3, "us": 1e6}
 
 Call = Callable[[], Any]
@@ -71,40 +73,86 @@ def percentiles(values: Sequence[float] | np.ndarray) -> tuple[float, float, flo
     return low, middle, high
 
 
-def captured(call: Call) -> Call:
-    """`call` as the replay of a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
+class Repeated:
+    """Calls in turn as one; times count a single one of them.
+
+    On a GPU it is a CUDA graph, so that only the device's time is left: no launch of the host's.
+
+    Args:
+        calls: must not wait for the device. Each runs once beforehand.
+    """
+
+    def __init__(self, calls: Sequence[Call], device: str) -> None:
+        self.num_calls = len(calls)
+        self._calls = calls
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if device != "cuda":
+            return
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for call in dict.fromkeys(calls):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        self._graph = graph
+
+    def __call__(self) -> None:
+        if self._graph is not None:
+            self._graph.replay()
+            return
+        for call in self._calls:
             call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 class Stopwatch:
-    """Times single calls on a device, in seconds."""
+    """Times single calls on a device, in seconds.
+
+    On a GPU, by events: a call begins on an idle device, so that what the host takes to launch it
+    counts; a Repeated begins behind other work, so that its launch does not.
+    """
 
     def __init__(self, device: str, *, is_cold: bool) -> None:
         self.device = device
         self._flush = torch.zeros(FLUSH_BYTES // 4, device=device) if is_cold else None
 
     def time(self, call: Call) -> float:
-        if self._flush is not None:
+        num_calls = call.num_calls if isinstance(call, Repeated) else 1
+        if self._flush is not None and not isinstance(call, Repeated):
             self._flush += 1
         if self.device == "cuda":
+            torch.cuda.synchronize()
+            if isinstance(call, Repeated):
+                torch.cuda._sleep(FILLER_CYCLES)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             call()
             end.record()
             end.synchronize()
-            return start.elapsed_time(end) * 1e-3
+            return start.elapsed_time(end) * 1e-3 / num_calls
         begin = time.perf_counter()
         call()
-        return time.perf_counter() - begin
+        return (time.perf_counter() - begin) / num_calls
+
+
+def cache_bytes(device: str) -> int:
+    """Of a GPU's L2; 0 for a CPU, whose caches are flushed instead."""
+    return torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
+
+
+def num_cold_sets(num_bytes: int, num_cached: int) -> int:
+    """Sets of inputs of `num_bytes` to take in turn, so that none is in a cache of `num_cached`
+    bytes when its turn comes: twice what fits there.
+
+    Returns:
+        0 where that is more than MAX_SETS.
+    """
+    wanted = max(2, -(-2 * num_cached // num_bytes))
+    return wanted if wanted <= MAX_SETS else 0
 
 
 def take_turns(

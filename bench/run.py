@@ -7,6 +7,7 @@ import argparse
 import json
 import platform
 import shlex
+import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from bench.harness import (
     SCALE,
     Call,
     Record,
+    Repeated,
     Stopwatch,
     as_x,
     percentiles,
@@ -29,7 +31,8 @@ from bench.harness import (
 from ivg_fast import _C
 
 OURS = "ivg_fast"
-LIMIT_BYTES = 256 << 20
+LIMIT_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+NUM_IN_A_GRAPH = 20  # calls, at the least
 
 
 def device_name(device: str) -> str:
@@ -54,21 +57,25 @@ def versions() -> str:
 
 def bandwidths(device: str, num_rounds: int) -> dict[str, np.ndarray]:
     """GB/s [num_rounds] that this machine copies at (read and written) and reads at."""
-    source = torch.zeros(LIMIT_BYTES // 4, device=device)
+    num_bytes = LIMIT_BYTES[device]
+    source = torch.zeros(num_bytes // 4, device=device)
     target = torch.empty_like(source)
     providers: dict[str, Call] = {"copy": lambda: target.copy_(source), "read": source.sum}
+    if device == "cuda":
+        providers = {name: Repeated([call] * 4, device) for name, call in providers.items()}
     times = take_turns(Stopwatch(device, is_cold=False), providers, num_rounds, 2)
-    moved = {"copy": 2 * LIMIT_BYTES, "read": LIMIT_BYTES}
+    moved = {"copy": 2 * num_bytes, "read": num_bytes}
     return {name: moved[name] / seconds * 1e-9 for name, seconds in times.items()}
 
 
-def parser_of(doc: str | None, *, is_cuda_ready: bool = False) -> argparse.ArgumentParser:
-    """The options that every microbenchmark has."""
+def parser_of(doc: str | None, *, has_cuda: bool = False) -> argparse.ArgumentParser:
+    """The options that every microbenchmark has; `has_cuda`: it runs on a GPU, too."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cpu", choices=["cpu", *["cuda"] * is_cuda_ready])
+    parser.add_argument("--device", default="cpu", choices=["cpu", *["cuda"] * has_cuda])
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds")
+    parser.add_argument("--seconds", type=float, help="begin nothing that would end later")
     parser.add_argument("--rounds", type=int, help="timed calls of each provider")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--warm", action="store_true", help="leave the caches as they are")
@@ -97,19 +104,51 @@ class Run:
         self.name = name
         self.options = options
         self.device: str = options.device
+        self.uses_graphs = self.device == "cuda"
         self.num_rounds: int = options.rounds or num_rounds[options.quick]
         torch.set_num_threads(options.threads)
         self.command = f"python -m bench {name}{_without_paths(argv)}"
         self.records: list[Record] = []
         self.limits: dict[str, float] = {}
+        self.left_out: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
+        self._begin = self._last = time.monotonic()
+        self._longest = 0.0
         self._device_name, self._versions = device_name(self.device), versions()
+
+    def has_time(self, what: str, expected: float | None = None) -> bool:
+        """Whether there is time for `what`, else it is among those left out.
+
+        Args:
+            expected: seconds that it may take; None: as long as the longest so far.
+        """
+        self.save()  # it may be ended before it finishes
+        now = time.monotonic()
+        self._longest, self._last = max(self._longest, now - self._last), now
+        limit = self.options.seconds
+        needed = self._longest if expected is None else expected
+        if limit is None or now - self._begin + needed <= limit:
+            return True
+        self.leave_out(what, f"no time left of {limit:g} s")
+        return False
+
+    def leave_out(self, what: str, why: str) -> None:
+        """Says in the results that something was not measured."""
+        self.left_out[what] = why
+        print(f"left out: {what}: {why}", flush=True)
+
+    def fail(self, what: str, why: str) -> None:
+        """Says in the results that something went wrong; others go on."""
+        self.failed[what] = why
+        print(f"failed: {what}: {why}", flush=True)
 
     def measure_limits(self) -> None:
         """What the shares of later records refer to: the median bandwidths of this run."""
         for name, samples in bandwidths(self.device, max(self.num_rounds, 10)).items():
-            x = {"MiB": LIMIT_BYTES >> 20}
+            x = {"MiB": LIMIT_BYTES[self.device] >> 20}
             self.add("limit", name, "bandwidth", "GB/s", x, samples, "one large tensor")
             self.limits[name] = self.records[-1].y_50
+        self._last = time.monotonic()
 
     def add(
         self,
@@ -135,7 +174,7 @@ class Run:
             self.command,
         )
         self.records.append(record)
-        if metric in ("time", "bandwidth"):
+        if metric in ("time", "time per step", "bandwidth"):
             print(
                 f"{kernel:<26} {record.x:<24} {provider:<32} {record.y_50:>10.6g} {unit} "
                 f"[{record.y_20:.6g}, {record.y_80:.6g}]",
@@ -178,6 +217,52 @@ class Run:
             self.add(kernel, "least", "bytes", "B", x, [num_bytes], config)
         return times
 
+    def compare_in_graphs(
+        self,
+        kernel: str,
+        x: Mapping[str, int],
+        sets: Sequence[Mapping[str, Call]],
+        config: str,
+        *,
+        num_bytes: int,
+        limit: str = "copy",
+        is_cold: bool = False,
+    ) -> dict[str, dict[str, float]]:
+        """The device's time alone, from a warm cache (one set again and again) and, with several
+        sets, from a cold one (the sets in turn); `is_cold`: from a cold one alone, if there is one.
+
+        Args:
+            sets: of each set of inputs the providers, which must not wait for the device.
+            num_bytes: as in `compare`.
+
+        Returns:
+            Median seconds by "warm" and "cold", and provider.
+        """
+        runs = {"warm": sets[:1]}
+        if len(sets) > 1 and not self.options.warm:
+            runs = {"cold": sets} if is_cold else {**runs, "cold": sets}
+        found: dict[str, dict[str, float]] = {}
+        watch = Stopwatch(self.device, is_cold=False)
+        for cache, chosen in runs.items():
+            times = -(-NUM_IN_A_GRAPH // len(chosen))
+            repeated: dict[str, Call] = {}
+            for name in chosen[0]:
+                calls = [each[name] for each in chosen] * times
+                try:
+                    repeated[name] = Repeated(calls, self.device)
+                except RuntimeError as error:
+                    self.leave_out(f"{kernel} {as_x(x)}, {cache}: {name}", first_line(error))
+            seconds = take_turns(watch, repeated, self.num_rounds, 2)
+            where = f"{kernel}, graph, {cache}"
+            how = f"{config}, {cache} cache: {len(chosen)} sets of inputs in turn"
+            for name, each in seconds.items():
+                self.add(where, name, "time", "us", x, each * SCALE["us"], how)
+                reached = num_bytes / each * 1e-9 / self.limits[limit] * 100
+                self.add(where, name, f"share of {limit} bandwidth", "%", x, reached, how)
+            self.add(where, "least", "bytes", "B", x, [num_bytes], how)
+            found[cache] = {name: float(np.median(each)) for name, each in seconds.items()}
+        return found
+
     def ratios(self, ours: str = OURS) -> dict[str, float]:
         """How many times as long as `ours` each other provider takes, by kernel, x and provider."""
         times = [r for r in self.records if r.metric == "time"]
@@ -188,10 +273,14 @@ class Run:
             if r.provider != ours and (r.kernel, r.x) in own
         }
 
-    def finish(self, **summary: Any) -> None:
-        """Writes what was asked for; the last line of stdout is one JSON object."""
+    def save(self) -> None:
+        """Writes the records so far, where that was asked for."""
         if self.options.out:
             write_csv(self.options.out, self.records)
+
+    def finish(self, **summary: Any) -> None:
+        """Writes what was asked for; the last line of stdout is one JSON object."""
+        self.save()
         if self.options.plot:
             from bench.plots import draw  # matplotlib is for those who plot
 
@@ -202,9 +291,17 @@ class Run:
             "versions": self._versions,
             "limits_GB_s": self.limits,
             "ratios": self.ratios(),
+            "left_out": self.left_out,
+            "failed": self.failed,
             **summary,
         }
         print(json.dumps(found), flush=True)
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def _without_paths(argv: Sequence[str]) -> str:

@@ -18,6 +18,9 @@ from ivg_fast.params import SearchParams
 # Siblings share a row up to this many local slots; beyond, each child gets a row of its own,
 # because every query of a row computes (masked) scores on its siblings' local slots too.
 MAX_TREE_SLOTS = 128
+# A GPU has that arithmetic to spare while it waits for weights, and would copy the prompt for rows
+# of their own. Not measured.
+MAX_GPU_TREE_SLOTS = 1024
 
 
 class TreeSearch:
@@ -38,6 +41,12 @@ class TreeSearch:
         guides = {"none": (), "implicit": ("tuned", "untuned"), "explicit": ("value",)}
         steering = ("base", *guides[params.guidance])
         scoring = [name for name in guides[params.scorer] if name not in steering]
+        # The value head that reads what the tuned guide has computed for its own logits.
+        self.value_weight: Tensor | None = None
+        if scoring == ["value"] and "tuned" in steering:
+            self.value_weight = roles["tuned"].value_weight
+        if self.value_weight is not None:
+            scoring = []
         self.steering = {name: roles[name] for name in steering}
         self.scoring = {name: roles[name] for name in scoring}
         stops = stop_ids(eos_token_ids, params)
@@ -59,7 +68,8 @@ class TreeSearch:
 
     def _fanout(self, num_children: int, num_tokens: int) -> int:
         """Children that share a row in a chunk of `num_tokens`."""
-        fits = num_children * (num_tokens - 1) <= MAX_TREE_SLOTS
+        limit = MAX_GPU_TREE_SLOTS if self.device.type == "cuda" else MAX_TREE_SLOTS
+        fits = num_children * (num_tokens - 1) <= limit
         return num_children if fits else 1
 
     def _open_caches(self, num_prompts: int) -> None:
@@ -71,7 +81,8 @@ class TreeSearch:
                 fanout = self._fanout(children, num_tokens)
                 max_rows = max(max_rows, num_prompts * params.pool_size // fanout)
                 num_local = max(num_local, fanout * num_tokens)
-        self.num_slots = self.base + params.max_tokens + num_local
+        # Masks whose rows begin at 16 bytes are not copied before attention.
+        self.num_slots = -(-(self.base + params.max_tokens + num_local) // 8) * 8
         for role in (self.steering | self.scoring).values():
             role.open_cache(num_prompts, max_rows, self.num_slots)
 
@@ -79,10 +90,10 @@ class TreeSearch:
         num_slots = ids.shape[1]
         positions = (torch.arange(num_slots, device=self.device) - self.padding[:, None]).clamp(0)
         mask = tree_mask(self.padding, 0, 1, num_slots, num_slots, self.dtype)
-        self.logits = {
-            name: role.logits(ids, positions, mask, keep=1)[:, -1]
-            for name, role in self.steering.items()
-        }
+        self.logits = {}
+        for name, role in self.steering.items():
+            outputs = role.logits(ids, positions, mask, keep=1)
+            self._collect(self.logits, name, tuple(x[:, -1] for x in outputs))
         self.pending = ids[:, -1:]  # scoring roles write a trunk's last token with the next chunk
         if num_slots > 1:
             for role in self.scoring.values():
@@ -142,8 +153,16 @@ class TreeSearch:
         for name, role in self.steering.items():
             role.cache.start = start
             step = role.step_at_constant_shape if self.use_constant_shapes else role.logits
-            logits[name] = step(ids, positions, mask).flatten(0, 1)
+            outputs = step(ids, positions, mask)
+            self._collect(logits, name, tuple(x.flatten(0, 1) for x in outputs))
         return logits
+
+    @staticmethod
+    def _collect(logits: dict[str, Tensor], name: str, outputs: tuple[Tensor, ...]) -> None:
+        """Puts a role's outputs in: logits, and hidden states where it gives them."""
+        logits[name] = outputs[0]
+        if len(outputs) > 1:
+            logits["states"] = outputs[1]
 
     def _width(self, num_slots: int) -> int:
         """Slots that the mask of a decode step covers."""
@@ -186,6 +205,8 @@ class TreeSearch:
             return tuned.gather(1, tokens) - untuned.gather(1, tokens) - shift
         if self.params.scorer == "explicit" and self.params.guidance == "explicit":
             return logits["value"].gather(1, tokens)
+        if self.value_weight is not None:
+            return (logits["states"][:, None] * self.value_weight[tokens]).sum(dim=-1).float()
         return torch.zeros_like(tokens, dtype=torch.float32)
 
     def _score(self, chunk: Tensor, lengths: Tensor, measures: Tensor, mask: Tensor) -> Tensor:
@@ -237,7 +258,7 @@ class TreeSearch:
         for name, sign in (("tuned", 1.0), ("untuned", -1.0)):
             role = self.scoring[name]
             role.cache.start = self.base - 1
-            logits = role.logits(*inputs)
+            logits = role.logits(*inputs)[0]
             shift = logits.logsumexp(dim=-1)
             rewards[:, :, 0] += sign * (logits[:, 0].gather(1, by_row[:, :, 0]) - shift[:, :1])
             later = logits[:, 1:].gather(2, inner[..., None])[..., 0] - shift[:, 1:]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -111,15 +112,16 @@ def test_kv_providers_move_what_they_say(monkeypatch: pytest.MonkeyPatch) -> Non
 
     class Kept:
         device = "cpu"
+        uses_graphs = False
 
         def compare(self, kernel: str, x: Any, providers: Any, *_: Any, **__: Any) -> None:
             kept[kernel] = dict(providers)
 
     pools: list[torch.Tensor] = []
     new_pool = kv.new_pool
-    monkeypatch.setattr(kv, "NUM_BLOCKS", 64)
-    monkeypatch.setattr(kv, "new_pool", lambda device: pools.append(new_pool(device)) or pools[-1])
-    kv.writing(Kept(), 40)
+    monkeypatch.setattr(kv, "new_pool", lambda *args: pools.append(new_pool(*args)) or pools[-1])
+    shape = dataclasses.replace(kv.CPU_POOLS, num_blocks=64)
+    kv.writing(Kept(), shape, 40)
     by_us, _ = pools
     before = by_us.clone()
     kept["write_kv"]["ivg_fast"]()
@@ -130,7 +132,7 @@ def test_kv_providers_move_what_they_say(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not torch.equal(written, before)
     kept["write_kv"]["index_copy, pool by slot"]()
     pools.clear()
-    kv.copying(Kept(), 8)
+    kv.copying(Kept(), shape, 8)
     before = [pool.clone() for pool in pools]
     kept["copy_blocks"]["ivg_fast"]()
     copied = [pool.clone() for pool in pools]

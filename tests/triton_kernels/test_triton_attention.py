@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from interpreted import needs_loops
 from ops.paged_batches import PagedBatch, make_batch, plain_attention, plain_batch
 from torch import Tensor
 
@@ -21,16 +22,9 @@ from ivg_fast.ops.paged_attention import (
     paged_attention_prepared,
 )
 
-triton = pytest.importorskip("triton")
-# Seen with Triton 3.6, gone in 3.9: int() of an array with one dimension, which NumPy 2.4 refuses.
-CANNOT_LOOP = (
-    not torch.cuda.is_available()
-    and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
-    and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4)
-)
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
-    pytest.mark.skipif(CANNOT_LOOP, reason="this Triton's interpreter cannot loop with this NumPy"),
+    needs_loops,
 ]
 
 # Splits of two blocks and sharing from two rows on: what takes long texts otherwise.
