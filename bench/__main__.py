@@ -13,6 +13,7 @@ NAMES = {
     "serve": "the HTTP server under load from another process",
     "all": "all of these, one after another",
     "report": "README's table, and plots, from bench/results",
+    "soak": "many short requests that abort, fail and leave: ends, blocks, memory",
     "demo": "base, EFT, CBS and IVG on held-out prompts",
 }
 MODULES = {"all": "suite"}
