@@ -68,7 +68,7 @@ class Soak:
     """What has happened so far.
 
     Attributes:
-        outcomes: what the clients saw, once each.
+        outcomes: what the clients saw, once each; a request that was refused is made again.
         ends: how often the engine has ended each request, by its id.
         rss_mb: resident memory at each tenth.
     """
@@ -80,6 +80,7 @@ class Soak:
     num_accepted: int = 0
     rss_mb: list[float] = field(default_factory=list)
     num_started: int = 0
+    num_refused: int = 0
 
     def params(self) -> SearchParams:
         rng = self.rng
@@ -131,7 +132,10 @@ class Soak:
         while self.num_started < self.num_requests:
             number = self.num_started
             self.num_started += 1
-            self.outcomes[await self.request(served, number)] += 1
+            while (outcome := await self.request(served, number)) == "refused":
+                self.num_refused += 1
+                await asyncio.sleep(0.05)
+            self.outcomes[outcome] += 1
             if self.num_started * 10 // self.num_requests > len(self.rss_mb):
                 self.rss_mb.append(resident_mb())
                 print(f"{self.num_started:>7} started, {self.rss_mb[-1]:.1f} MB", flush=True)
@@ -203,6 +207,7 @@ def main() -> None:
         "requests": options.requests,
         "clients": options.clients,
         "accepted": state.num_accepted,
+        "refused": state.num_refused,
         "outcomes": dict(sorted(state.outcomes.items())),
         "rss_mb": [round(value, 1) for value in state.rss_mb],
         "growth_mb": round(state.growth_mb, 1),

@@ -15,7 +15,7 @@ from ivg_fast import Engine, RequestOutput, SearchParams
 from ivg_fast.loop import RequestLoop
 from ivg_fast.params import ScoreInput
 
-PROMPTS = [[9, 12, 10], [11, 8], [20, 21, 22, 23], [8, 9]]
+PROMPTS = [[9, 12, 10], [11, 8], [20, 21, 22, 23], [8, 9], [15, 14, 13]]
 
 
 class Fault(Exception):
