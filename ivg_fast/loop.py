@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from ivg_fast.request import LiveRequest
 from ivg_fast.scorer_threads import ScorerThreads
 from ivg_fast.scoring import ChunkScorer
 
+T = TypeVar("T")
 # Calls a request's scorer; None: its scores come later.
 CallScorer = Callable[[LiveRequest, Scorer, list[ScoreInput]], NDArray[np.float64] | None]
 # A request that has ended: its id, and its output or what it failed with.
@@ -66,7 +67,6 @@ class RequestLoop:
         self._max_queued = config.max_queued_requests
         self._live: dict[int, LiveRequest] = {}
         self._lock = threading.RLock()  # a request in a plan is in _live too
-        self._has_plan = False  # that may not have been committed
         self._wake = threading.Event()
         self._threads: ScorerThreads | None = None
         if config.scorer_timeout_s is not None:
@@ -193,17 +193,14 @@ class RequestLoop:
     def _run_plan(self) -> bool:
         """Runs what the scheduler plans; False if that is nothing."""
         with self._lock:
-            self._has_plan = True
             plan = self._with_room(self._scheduler.plan)
             prefill = [self._live[i] for i in plan.prefill_request_ids.tolist()]
             taking_part = [self._live[i] for i in plan.request_ids.tolist()]
-        has_work = bool(prefill or taking_part)
-        if has_work:
-            self._run_burst(plan, prefill, taking_part)
-        self._has_plan = False
-        if has_work:
-            self._score()
-        return has_work
+        if not (prefill or taking_part):
+            return False
+        self._run_burst(plan, prefill, taking_part)
+        self._score()
+        return True
 
     def _with_room(self, plan: Callable[[], Any]) -> Any:
         """What the scheduler plans. Where it finds no memory it has changed nothing, and the
@@ -219,11 +216,14 @@ class RequestLoop:
                 self._fail(max(live, key=lambda request: request.request_id), error)
 
     def _give_up(self, error: BaseException) -> None:
-        """Closes the books of a step that was broken off."""
-        if self._has_plan:
-            for request_id in self._scheduler.give_up():
-                self._live[request_id].error = error
-            self._has_plan = False
+        """Closes the books of a step that was broken off, nobody knows where: all requests end."""
+        self.is_busy = False
+        broken = set(self._scheduler.give_up())
+        with self._lock:
+            live = list(self._live.items())
+        for request_id, request in live:
+            if request_id in broken or self._scheduler.abort(request_id):
+                request.error = request.error or error
         self.uncollected += self._collect()
 
     def _fail(self, request: LiveRequest, error: BaseException) -> None:
@@ -241,9 +241,12 @@ class RequestLoop:
     def _run_burst(
         self, plan: Any, prefill: list[LiveRequest], taking_part: list[LiveRequest]
     ) -> None:
-        result = BurstResult.empty(0, len(plan.sample_request))
-        with self._failing((*taking_part, *prefill)):
-            result = self._burst.run(plan, taking_part, prefill, self._scheduler.history)
+        result = self._attempt(
+            (*taking_part, *prefill),
+            lambda: self._burst.run(plan, taking_part, prefill, self._scheduler.history),
+        )
+        if result is None:
+            result = BurstResult.empty(0, len(plan.sample_request))
         if taking_part:
             self._scheduler.commit_tokens(
                 result.tokens,
@@ -260,9 +263,12 @@ class RequestLoop:
         requests = [self._live[i] for i in plan.request_ids.tolist()]
         if not requests:
             return
-        scores, rewards = np.empty(0), None
-        with self._failing(requests):
-            scores, rewards = self._scorer.run(plan, requests, self._scheduler.history)
+        scored = self._attempt(
+            requests, lambda: self._scorer.run(plan, requests, self._scheduler.history)
+        )
+        if scored is None:
+            return
+        scores, rewards = scored
         begin = 0
         for request, num_rows in zip(requests, plan.num_rows.tolist(), strict=True):
             mine = slice(begin, begin + num_rows)
@@ -311,17 +317,18 @@ class RequestLoop:
         timeout_s = min([self._threads.deadline, *deadlines]) - time.monotonic()
         self._wake.wait(None if timeout_s == math.inf else max(0.0, timeout_s))
 
-    @contextmanager
-    def _failing(self, requests: Sequence[LiveRequest]) -> Iterator[None]:
-        """Work for these requests: where it raises, they fail; those with an error are ended."""
-        self.is_busy = True
+    def _attempt(self, requests: Sequence[LiveRequest], work: Callable[[], T]) -> T | None:
+        """What work for these requests gives; None where it raises: they fail. Those with an error
+        are ended."""
+        result = None
         try:
+            self.is_busy = True
             with (
                 _torch_threads(self._num_threads),
                 torch.inference_mode(),
                 torch.profiler.record_function("ivg::step"),
             ):
-                yield
+                result = work()
         except BaseException as error:  # an interrupt too: the books must close first
             for request in requests:
                 request.error = error
@@ -330,6 +337,7 @@ class RequestLoop:
         for request in requests:
             if request.error is not None:
                 self._scheduler.abort(request.request_id)
+        return result
 
     def _collect(self) -> list[Ended]:
         ended: list[Ended] = []

@@ -132,17 +132,18 @@ def run_all(engine: Engine, params: list[SearchParams]) -> tuple[dict[int, Any],
 def watched(monkeypatch: Any) -> Iterator[set[int]]:
     """The requests whose work is at work when it fails, by id; filled as they run."""
     at_work: set[int] = set()
-    real = RequestLoop._failing
+    real = RequestLoop._attempt
 
-    @contextmanager
-    def failing(loop: RequestLoop, requests: Any) -> Iterator[None]:
-        with real(loop, requests):
+    def attempt(loop: RequestLoop, requests: Any, work: Callable[[], Any]) -> Any:
+        def watched_work() -> Any:
             try:
-                yield
+                return work()
             except BaseException:
                 at_work.update(request.request_id for request in requests)
                 raise
 
+        return real(loop, requests, watched_work)
+
     with monkeypatch.context() as patch:
-        patch.setattr(RequestLoop, "_failing", failing)
+        patch.setattr(RequestLoop, "_attempt", attempt)
         yield at_work
