@@ -183,14 +183,16 @@ def resident_mb() -> float:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def soak(num_requests: int, num_clients: int, seed: int) -> Soak:
+def soak(num_requests: int, num_clients: int, seed: int, timeout_s: float | None = None) -> Soak:
     """Runs it.
 
     Raises:
         RuntimeError: blocks or requests are left behind, or one has not ended exactly once.
+        TimeoutError: a client waits for ever.
     """
     state = Soak(num_requests, random.Random(seed))
-    asyncio.run(state.run(tiny_engine(), num_clients))
+    run = state.run(tiny_engine(), num_clients)
+    asyncio.run(asyncio.wait_for(run, timeout_s))
     state.check()
     return state
 
