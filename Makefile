@@ -6,8 +6,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/*.cc csrc/*/*.h csrc/*/*.cu)
 SANITIZE ?= address,undefined
+comma := ,
+CORE_DIR := build/core-$(subst $(comma),-,$(SANITIZE))
 
-.PHONY: demo family test lint test-core test-python test-wheel bench-core gpu-check clean
+.PHONY: demo family test lint test-core test-threads test-python test-wheel bench-core gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m bench.demo
@@ -16,7 +18,7 @@ demo: $(VENV)/installed
 family: $(VENV)/installed
 	$(BIN)/python -m ivg_fast.training.family --out ivg_fast/assets/imdb
 
-test: lint test-core test-python test-wheel
+test: lint test-core test-threads test-python test-wheel
 
 # torch goes first and alone: an unpinned dependency could pull another build of it.
 $(VENV)/installed: $(SOURCES) constraints.txt
@@ -32,14 +34,25 @@ lint: $(VENV)/installed
 	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*/*.cc csrc/*/*.h csrc/*/*.cu)
 	$(BIN)/mypy
 
-# The C++ suite of the core, without Python, under sanitizers.
+# The C++ suite of the core, without Python, under sanitizers. The thread sanitizer runs the cases that have
+# threads, and must find the race that is planted for it.
 test-core: $(VENV)/installed
 	include=$$(sh tools/doctest_include.sh build/doctest) && \
-	$(BIN)/cmake -S . -B build/core -G Ninja -DIVG_FAST_TESTS=ON -DIVG_FAST_SANITIZE=$(SANITIZE) \
+	$(BIN)/cmake -S . -B $(CORE_DIR) -G Ninja -DIVG_FAST_TESTS=ON -DIVG_FAST_SANITIZE=$(SANITIZE) \
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Debug \
 	  -DDOCTEST_INCLUDE_DIR="$$include"
-	$(BIN)/cmake --build build/core
-	build/core/ivg_core_tests
+	$(BIN)/cmake --build $(CORE_DIR) --target ivg_core_tests
+ifeq ($(SANITIZE),thread)
+	$(CORE_DIR)/ivg_core_tests --source-file='*threads_test.cc'
+	@if $(CORE_DIR)/ivg_core_tests --no-skip --test-case='planted race' >$(CORE_DIR)/race.log 2>&1; then \
+	  echo "the thread sanitizer has not found the planted race"; exit 1; fi
+	@grep --quiet 'ThreadSanitizer: data race' $(CORE_DIR)/race.log
+else
+	$(CORE_DIR)/ivg_core_tests
+endif
+
+test-threads:
+	$(MAKE) test-core SANITIZE=thread
 
 # C++ time of the scheduler, optimised and without sanitizers.
 bench-core: $(VENV)/installed

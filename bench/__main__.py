@@ -14,6 +14,7 @@ NAMES = {
     "all": "all of these, one after another",
     "models": "guided search on models of well-known shapes, random weights, for a GPU",
     "report": "README's table, and plots, from bench/results",
+    "soak": "many short requests that abort, fail and leave: ends, blocks, memory",
     "demo": "base, EFT, CBS and IVG on held-out prompts",
 }
 MODULES = {"all": "suite"}

@@ -317,16 +317,21 @@ class _Burst:
     def _fail(self, step: int, samples: Int64s) -> None:
         for sample in samples.tolist():
             index = int(self.request_of[sample])
-            request = self.requests[index]
             position = int(self.first_position[sample]) + step
-            request.error = request.error or NonFiniteLogitsError(
+            error = NonFiniteLogitsError(
                 f"no token can be drawn for response token {position} of candidate "
                 f"{int(self.candidates[sample])}: the logits hold NaN or +inf, or nothing finite"
             )
-            mine = self.request_of == index
-            self.is_alive[mine] = False
-            self.result.finish[mine] = FINISH_NONE
-            self.result.num_tokens[mine] = 0
+            self._end(index, error)
+
+    def _end(self, index: int, error: Exception) -> None:
+        """A request fails, and what it has drawn in this burst is lost."""
+        request = self.requests[index]
+        request.error = request.error or error
+        mine = self.request_of == index
+        self.is_alive[mine] = False
+        self.result.finish[mine] = FINISH_NONE
+        self.result.num_tokens[mine] = 0
 
     # --- afterwards --------------------------------------------------------------------------
 
@@ -338,19 +343,26 @@ class _Burst:
             return
         result = self.result
         for sample in np.flatnonzero(with_stops[self.request_of]).tolist():
-            request = self.requests[self.request_of[sample]]
+            index = int(self.request_of[sample])
+            request = self.requests[index]
+            if request.error is not None:
+                continue
             old = history(request.request_id, int(self.candidates[sample])).tolist()
             new = result.tokens[: result.num_tokens[sample], sample].tolist()
             p = request.params
-            found = find_stop(self.owner.tokenizer, old + new, len(old), p.stop, p.min_tokens)
+            try:
+                found = find_stop(self.owner.tokenizer, old + new, len(old), p.stop, p.min_tokens)
+            except Exception as error:  # a tokenizer that fails on one text fails no other
+                self._end(index, error)
+                continue
             if found is None:
                 continue
-            num_tokens, index = found
+            num_tokens, stop_index = found
             if result.finish[sample] == FINISH_STOP and num_tokens == len(old) + len(new):
                 continue  # the stop token came no later
             result.num_tokens[sample] = num_tokens - len(old)
             result.finish[sample] = FINISH_STOP_TEXT
-            result.stop_index[sample] = index
+            result.stop_index[sample] = stop_index
 
     def keep_values(self) -> None:
         """The value in hand of a candidate's last token is its chunk score."""

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from ivg_fast.request import LiveRequest
 from ivg_fast.scorer_threads import ScorerThreads
 from ivg_fast.scoring import ChunkScorer
 
+T = TypeVar("T")
 # Calls a request's scorer; None: its scores come later.
 CallScorer = Callable[[LiveRequest, Scorer, list[ScoreInput]], NDArray[np.float64] | None]
 # A request that has ended: its id, and its output or what it failed with.
@@ -65,7 +66,7 @@ class RequestLoop:
         self._num_threads = config.num_threads
         self._max_queued = config.max_queued_requests
         self._live: dict[int, LiveRequest] = {}
-        self._lock = threading.Lock()  # a request in a plan is in _live too
+        self._lock = threading.RLock()  # a request in a plan is in _live too
         self._wake = threading.Event()
         self._threads: ScorerThreads | None = None
         if config.scorer_timeout_s is not None:
@@ -173,23 +174,61 @@ class RequestLoop:
     def run_step(self) -> list[Ended]:
         """Like `step`, but leaves alone what waits from before."""
         self._wake.clear()  # what happens from here on wakes a wait
-        self._end_overdue()
-        self._take_late_scores()
-        with self._lock:
-            plan = self._scheduler.plan()
-            prefill = [self._live[i] for i in plan.prefill_request_ids.tolist()]
-            taking_part = [self._live[i] for i in plan.request_ids.tolist()]
-        if prefill or taking_part:
-            self._run_burst(plan, prefill, taking_part)
-            self._score()
+        try:
+            self._end_overdue()
+            self._take_late_scores()
+            has_run = self._run_plan()
+        except BaseException as error:  # an interrupt between two calls
+            self._give_up(error)
+            raise
         ended = self._collect()
-        if not (ended or prefill or taking_part):
+        if not (ended or has_run):
             self._wait_for_scores()
         for _, output in ended:
             if not isinstance(output, RequestOutput | Exception):
                 self.uncollected += ended
                 raise output
         return ended
+
+    def _run_plan(self) -> bool:
+        """Runs what the scheduler plans; False if that is nothing."""
+        with self._lock:
+            plan = self._with_room(self._scheduler.plan)
+            prefill = [self._live[i] for i in plan.prefill_request_ids.tolist()]
+            taking_part = [self._live[i] for i in plan.request_ids.tolist()]
+        if not (prefill or taking_part):
+            return False
+        self._run_burst(plan, prefill, taking_part)
+        self._score()
+        return True
+
+    def _with_room(self, plan: Callable[[], Any]) -> Any:
+        """What the scheduler plans. Where it finds no memory it has changed nothing, and the
+        youngest request ends to make room."""
+        while True:
+            try:
+                return plan()
+            except MemoryError as error:
+                with self._lock:
+                    live = [r for r in self._live.values() if r.error is None]
+                if not live:
+                    raise
+                self._fail(max(live, key=lambda request: request.request_id), error)
+
+    def _give_up(self, error: BaseException) -> None:
+        """Closes the books of a step that was broken off, nobody knows where: all requests end."""
+        self.is_busy = False
+        broken = set(self._scheduler.give_up())
+        with self._lock:
+            live = list(self._live.items())
+        for request_id, request in live:
+            if request_id in broken or self._scheduler.abort(request_id):
+                request.error = request.error or error
+        self.uncollected += self._collect()
+
+    def _fail(self, request: LiveRequest, error: BaseException) -> None:
+        request.error = error
+        self._scheduler.abort(request.request_id)
 
     def _end_overdue(self) -> None:
         now = time.monotonic()
@@ -202,9 +241,12 @@ class RequestLoop:
     def _run_burst(
         self, plan: Any, prefill: list[LiveRequest], taking_part: list[LiveRequest]
     ) -> None:
-        result = BurstResult.empty(0, len(plan.sample_request))
-        with self._failing((*taking_part, *prefill)):
-            result = self._burst.run(plan, taking_part, prefill, self._scheduler.history)
+        result = self._attempt(
+            (*taking_part, *prefill),
+            lambda: self._burst.run(plan, taking_part, prefill, self._scheduler.history),
+        )
+        if result is None:
+            result = BurstResult.empty(0, len(plan.sample_request))
         if taking_part:
             self._scheduler.commit_tokens(
                 result.tokens,
@@ -217,13 +259,16 @@ class RequestLoop:
             )
 
     def _score(self) -> None:
-        plan = self._scheduler.plan_scores()
+        plan = self._with_room(self._scheduler.plan_scores)
         requests = [self._live[i] for i in plan.request_ids.tolist()]
         if not requests:
             return
-        scores, rewards = np.empty(0), None
-        with self._failing(requests):
-            scores, rewards = self._scorer.run(plan, requests, self._scheduler.history)
+        scored = self._attempt(
+            requests, lambda: self._scorer.run(plan, requests, self._scheduler.history)
+        )
+        if scored is None:
+            return
+        scores, rewards = scored
         begin = 0
         for request, num_rows in zip(requests, plan.num_rows.tolist(), strict=True):
             mine = slice(begin, begin + num_rows)
@@ -232,7 +277,15 @@ class RequestLoop:
                 measured = (
                     rewards[mine] if rewards is not None and request.is_scored_by_pair else None
                 )
-                self._scheduler.commit_scores(request.request_id, scores[mine], measured)
+                self._commit_scores(request, scores[mine], measured)
+
+    def _commit_scores(
+        self, request: LiveRequest, scores: NDArray[np.float64], rewards: NDArray[Any] | None
+    ) -> None:
+        try:
+            self._scheduler.commit_scores(request.request_id, scores, rewards)
+        except Exception as error:  # else it would wait for its scores for ever
+            self._fail(request, error)
 
     def _call_scorer(
         self, request: LiveRequest, scorer: Scorer, inputs: list[ScoreInput]
@@ -251,10 +304,9 @@ class RequestLoop:
             if request is None:
                 continue  # it has ended meanwhile
             if isinstance(outcome, BaseException):
-                request.error = outcome
-                self._scheduler.abort(request_id)
+                self._fail(request, outcome)
             else:
-                self._scheduler.commit_scores(request_id, outcome)
+                self._commit_scores(request, outcome, None)
 
     def _wait_for_scores(self) -> None:
         """Nothing runs before a scorer is done, a deadline is over, or somebody asks for more."""
@@ -265,24 +317,27 @@ class RequestLoop:
         timeout_s = min([self._threads.deadline, *deadlines]) - time.monotonic()
         self._wake.wait(None if timeout_s == math.inf else max(0.0, timeout_s))
 
-    @contextmanager
-    def _failing(self, requests: Sequence[LiveRequest]) -> Iterator[None]:
-        """Work for these requests: where it raises, they fail; those with an error are ended."""
-        self.is_busy = True
+    def _attempt(self, requests: Sequence[LiveRequest], work: Callable[[], T]) -> T | None:
+        """What work for these requests gives; None where it raises: they fail. Those with an error
+        are ended."""
+        result = None
         try:
+            self.is_busy = True
             with (
                 _torch_threads(self._num_threads),
                 torch.inference_mode(),
                 torch.profiler.record_function("ivg::step"),
             ):
-                yield
+                result = work()
         except BaseException as error:  # an interrupt too: the books must close first
             for request in requests:
                 request.error = error
-        self.is_busy = False
+        finally:
+            self.is_busy = False
         for request in requests:
             if request.error is not None:
                 self._scheduler.abort(request.request_id)
+        return result
 
     def _collect(self) -> list[Ended]:
         ended: list[Ended] = []
@@ -307,6 +362,9 @@ class RequestLoop:
                 self._scheduler.abort(request_id)
         ended = self.uncollected + self._collect()
         self.uncollected = [end for end in ended if end[0] not in request_ids]
+        for request_id in list(self._live):  # an interrupt has lost its result
+            if request_id in request_ids:
+                del self._live[request_id]
 
     def close(self) -> None:
         """Lets go of the models' pools, which the block copier holds too."""

@@ -16,17 +16,18 @@ from ivg_fast.models.values import call_scorer
 from ivg_fast.params import ScoreInput, Scorer
 
 MAX_AT_WORK = 16
-# A scorer that hangs once hangs again: so many threads are left behind, and no more.
+# A scorer that hangs once hangs again: nothing is called while so many are late and still at work.
 MAX_ABANDONED = 8
 
 
 class ScorerThreads:
     """Runs each call of a scorer on a thread; the engine's asks what has ended and waits for none.
 
-    MAX_AT_WORK calls run at a time and one of each scorer, which need not be thread-safe; the
-    others follow in order. A thread cannot be stopped: one that is late goes on by itself, and what
-    it returns is lost. It must not touch the engine then. The threads do not keep the process from
-    ending. Not thread-safe itself: all methods are for the engine's thread, `is_current` apart.
+    MAX_AT_WORK calls run at a time, late ones counted, and one of each scorer, which need not be
+    thread-safe; the others follow in order. A thread cannot be stopped: one that is late goes on by
+    itself, and what it returns is lost. It must not touch the engine then. The threads do not keep
+    the process from ending. Not thread-safe itself: all methods are for the engine's thread,
+    `is_current` apart.
 
     Args:
         timeout_s: seconds that a call may take once it runs; None: as long as it takes.
@@ -96,21 +97,29 @@ class ScorerThreads:
     def _start_next(self) -> None:
         busy = {call.key for call in self._at_work}
         for request_id, call in list(self._waiting.items()):
-            if len(self._at_work) >= MAX_AT_WORK:
-                return
-            if call.key in busy:
-                continue
+            num_abandoned = self.num_abandoned
+            if num_abandoned < MAX_ABANDONED:
+                if len(self._at_work) + num_abandoned >= MAX_AT_WORK:
+                    return
+                if call.key in busy:
+                    continue
             del self._waiting[request_id]
-            if self.num_abandoned >= MAX_ABANDONED:
+            if num_abandoned >= MAX_ABANDONED:
                 reason = f"{MAX_ABANDONED} late calls are still at work"
                 error = ScorerError(f"scorer {call.scorer_name} is not called: {reason}")
                 self._refused.append((request_id, error))
                 continue
-            busy.add(call.key)
             if self._timeout_s is not None:
                 call.deadline = time.monotonic() + self._timeout_s
+            try:
+                call.start()
+            except Exception as cause:  # the system has no thread left
+                error = ScorerError(f"scorer {call.scorer_name} is not called: {cause}")
+                error.__cause__ = cause
+                self._refused.append((request_id, error))
+                continue
+            busy.add(call.key)
             self._at_work.append(call)
-            call.start()
 
     def call_has_ended(self) -> None:
         self._wake()

@@ -84,11 +84,18 @@ class ChunkScorer:
         ends = np.cumsum(plan.num_rows).tolist()
         slices = [slice(*pair) for pair in pairwise([0, *ends])]
         # All texts are taken before any scorer runs: a scorer may abort requests.
-        inputs = [
-            [] if request.text_scorer is None else self._inputs(plan, request, mine, history)
-            for request, mine in zip(requests, slices, strict=True)
-        ]
+        inputs: list[list[ScoreInput]] = []
+        for request, mine in zip(requests, slices, strict=True):
+            texts: list[ScoreInput] = []
+            if request.text_scorer is not None:
+                try:
+                    texts = self._inputs(plan, request, mine, history)
+                except Exception as error:  # a tokenizer that fails on one text fails no other
+                    request.error = error
+            inputs.append(texts)
         for request, mine, texts in zip(requests, slices, inputs, strict=True):
+            if request.error is not None:
+                continue
             try:
                 if request.text_scorer is not None:
                     given = self._call(request, request.text_scorer, texts)

@@ -288,6 +288,7 @@ void bind_scheduler(py::module_& m) {
           },
           py::arg("tokens"), py::arg("logprobs"), py::arg("base_logprobs"), py::arg("rewards"),
           py::arg("num_tokens"), py::arg("finish"), py::arg("stop_index"))
+      .def("give_up", &Scheduler::give_up, py::call_guard<py::gil_scoped_release>())
       .def("plan_scores",
            [](const py::object& self) {
              auto& s = self.cast<Scheduler&>();

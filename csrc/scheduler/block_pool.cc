@@ -5,6 +5,7 @@
 #include <string>
 
 #include "scheduler/errors.h"
+#include "scheduler/memory.h"
 
 namespace ivg {
 
@@ -48,8 +49,9 @@ std::vector<int32_t> BlockPool::fork(const std::vector<int32_t>& table, int32_t 
   const int32_t num_full = num_tokens / kBlockSize;
   const bool has_partial = num_tokens % kBlockSize != 0;
   for (int32_t i = 0; i < blocks_for(num_tokens); ++i) check_in_use(table[i]);
+  make_room(&buffer, table.size() + 1);  // a chunk often needs one block more
+  if (has_partial) make_room(copies, copies->size() + 1);
   const int32_t fresh = has_partial ? allocate() : -1;  // the last that may throw: nothing changed
-  buffer.reserve(table.size() + 1);                     // a chunk often needs one block more
   buffer.assign(table.begin(), table.begin() + num_full);
   for (const int32_t block : buffer) ++ref_counts_[block];
   if (has_partial) {

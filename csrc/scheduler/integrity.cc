@@ -19,11 +19,11 @@ void Scheduler::check_integrity() const {
   };
   int64_t blocks = 0;
   int32_t rows = 0;
-  for (const auto& request : running_) {
+  for (const Request* request : running_) {
     const Search& search = request->search;
     const RequestSpec& spec = search.spec;
-    IVG_CHECK(request->state != State::kWaiting);
-    IVG_CHECK(live_.at(request->id) == request.get());
+    IVG_CHECK(request->state != State::kWaiting && request->state != State::kEnded);
+    IVG_CHECK(requests_.at(request->id).get() == request);
     IVG_CHECK(search.pool.empty() || search.survivors.empty());
     IVG_CHECK(static_cast<int32_t>(search.pool.size()) <= spec.pool_size());
     IVG_CHECK(static_cast<int32_t>(search.survivors.size()) <= spec.beam_width);
@@ -61,10 +61,16 @@ void Scheduler::check_integrity() const {
   }
   IVG_CHECK(blocks == reserved_blocks_ && blocks <= config_.num_blocks);
   IVG_CHECK(rows == reserved_rows_ && rows <= config_.max_num_rows);
-  IVG_CHECK(live_.size() == waiting_.size() + running_.size());
-  for (const auto& [id, result] : results_) IVG_CHECK(live_.count(id) == 0);
+  size_t num_live = 0;
+  for (const auto& [id, request] : requests_) {
+    IVG_CHECK(request->id == id);
+    num_live += request->state != State::kEnded;
+    IVG_CHECK(request->state != State::kEnded || request->search.num_blocks_held == 0);
+  }
+  IVG_CHECK(num_live == waiting_.size() + running_.size());
+  IVG_CHECK(finished_.capacity() >= finished_.size() + num_live);
   IVG_CHECK(!running_.empty() || blocks_.num_used() == 0);
-  for (const auto& request : waiting_) {
+  for (const Request* request : waiting_) {
     IVG_CHECK(request->state == State::kWaiting && request->search.num_blocks_held == 0);
   }
 }

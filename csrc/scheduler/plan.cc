@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "scheduler/errors.h"
+#include "scheduler/memory.h"
 #include "scheduler/scheduler.h"
 
 namespace ivg {
@@ -29,6 +30,25 @@ void BurstPlan::clear() {
   copies.clear();
 }
 
+void BurstPlan::reserve(size_t num_requests, size_t num_rows, size_t num_samples) {
+  const auto width = static_cast<size_t>(table_width);
+  make_room(&request_ids, num_requests);
+  for (auto* array : {&prompt_blocks, &this->num_samples}) make_room(array, num_requests);
+  for (auto* array : {&row_request, &row_token, &row_position, &row_slot}) {
+    make_room(array, num_rows);
+  }
+  make_room(&row_roles, num_rows);
+  make_room(&row_tables, num_rows * width);
+  make_room(&copies, num_samples);
+  for (auto* array :
+       {&sample_request, &sample_row, &sample_candidate, &sample_position, &sample_steps}) {
+    make_room(array, num_samples);
+  }
+  make_room(&sample_seed, num_samples);
+  make_room(&sample_slots, num_samples * static_cast<size_t>(num_steps));
+  make_room(&sample_tables, num_samples * width);
+}
+
 void ScorePlan::clear() {
   table_width = max_new_tokens = 0;
   request_ids.clear();
@@ -47,7 +67,7 @@ void ScorePlan::clear() {
 bool Scheduler::may_start(const Request& request) const {
   const int32_t L = request.search.spec.chunk_length;
   if (L == 0) return true;
-  return std::none_of(running_.begin(), running_.end(), [&](const std::unique_ptr<Request>& other) {
+  return std::none_of(running_.begin(), running_.end(), [&](const Request* other) {
     if (other->state != State::kRunning || other->search.spec.chunk_length != L) return false;
     if (other->search.spec.is_scored_late) return false;
     const int32_t to_boundary = other->search.steps_to_boundary();
@@ -83,19 +103,15 @@ const BurstPlan& Scheduler::plan() {
   plan_.clear();
   admit();
 
-  for (const auto& request : running_) {
-    const RequestSpec& spec = request->search.spec;
-    plan_.table_width =
-        std::max(plan_.table_width, spec.prompt_blocks() + blocks_for(spec.max_length()));
-  }
+  plan_.table_width = table_width();
   plan_prefill();
   std::vector<Request*> taking_part, held_back;
-  for (const auto& request : running_) {
-    const bool is_prefilled = request->num_prefilled == request->search.spec.longest_prompt();
+  for (Request* request : running_) {
+    const bool is_prefilled = request->prefill_end == request->search.spec.longest_prompt();
     if (request->state == State::kRunning) {
-      taking_part.push_back(request.get());
+      taking_part.push_back(request);
     } else if (request->state == State::kReady && is_prefilled) {
-      (may_start(*request) ? taking_part : held_back).push_back(request.get());
+      (may_start(*request) ? taking_part : held_back).push_back(request);
     }
   }
   // Contiguous by guidance, and those that start from their prompt's logits last: one call of the
@@ -114,6 +130,9 @@ const BurstPlan& Scheduler::plan() {
       plan_.num_steps = std::min(plan_.num_steps, config_.max_join_steps - request->num_waited);
     }
   }
+  reserve_plan(taking_part);
+  // From here on nothing can fail.
+  for (Request* request : running_) request->num_prefilled = request->prefill_end;
   for (Request* request : taking_part) plan_request(request);
   for (Request* request : held_back) request->num_waited += plan_.num_steps;
 
@@ -132,21 +151,44 @@ const BurstPlan& Scheduler::plan() {
   return plan_;
 }
 
+int32_t Scheduler::table_width() const {
+  int32_t width = 0;
+  for (const Request* request : running_) {
+    const RequestSpec& spec = request->search.spec;
+    width = std::max(width, spec.prompt_blocks() + blocks_for(spec.max_length()));
+  }
+  return width;
+}
+
+// Takes all memory that what follows needs, up to the commit and the selection behind it.
+void Scheduler::reserve_plan(const std::vector<Request*>& taking_part) {
+  size_t num_rows = 0, num_samples = 0;
+  for (Request* request : taking_part) {
+    Search& search = request->search;
+    const bool is_start = request->state == State::kReady;
+    num_rows += is_start ? search.survivors.size() : search.pool.size();
+    num_samples += is_start ? search.spec.pool_size() : search.pool.size();
+    make_room(&row_of_rank_, search.survivors.size());
+    search.prepare(std::min(plan_.num_steps, search.spec.max_tokens - search.length()));
+  }
+  plan_.reserve(taking_part.size(), num_rows, num_samples);
+}
+
 // A long prompt is read in pieces, so that those who decode meanwhile wait for no more than a
 // piece.
 void Scheduler::plan_prefill() {
   int32_t budget = config_.max_prefill_tokens < 0 ? INT32_MAX : config_.max_prefill_tokens;
-  for (const auto& request : running_) {
+  for (Request* request : running_) {
     const int32_t left = request->search.spec.longest_prompt() - request->num_prefilled;
-    if (left == 0) continue;
-    if (budget == 0) return;
+    request->prefill_end = request->num_prefilled;
+    if (left == 0 || budget == 0) continue;
     const int32_t num_tokens = std::min(left, budget);
     if (config_.max_prefill_tokens >= 0) budget -= num_tokens;
     plan_.prefill_request_ids.push_back(request->id);
     plan_.prefill_begin.push_back(request->num_prefilled);
-    request->num_prefilled += num_tokens;
-    plan_.prefill_end.push_back(request->num_prefilled);
-    write_table(request->search, nullptr, &plan_.prefill_tables);
+    request->prefill_end += num_tokens;
+    plan_.prefill_end.push_back(request->prefill_end);
+    write_table(request->search, nullptr, plan_.table_width, &plan_.prefill_tables);
   }
 }
 
@@ -164,18 +206,18 @@ void Scheduler::plan_request(Request* request) {
     plan_.row_position.push_back(position);
     plan_.row_slot.push_back(slot_of(candidate.blocks, position));
     plan_.row_roles.push_back(roles);
-    write_table(search, &candidate, &plan_.row_tables);
+    write_table(search, &candidate, plan_.table_width, &plan_.row_tables);
     return static_cast<int32_t>(plan_.row_request.size()) - 1;
   };
 
   // Logit row of each survivor by rank; the survivors' own tables are forwarded before the fork
   // shares them.
-  std::vector<int32_t> row_of_rank;
+  row_of_rank_.clear();
   if (is_from_prompt) {
     search.branch_prompt();
   } else if (is_start) {
     for (const Candidate& survivor : search.survivors) {
-      row_of_rank.push_back(
+      row_of_rank_.push_back(
           survivor.is_finished() ? -1 : add_row(survivor, spec.step_roles | spec.settle_roles));
     }
     search.fork(&plan_.copies);
@@ -188,7 +230,7 @@ void Scheduler::plan_request(Request* request) {
     if (!is_start) {
       row = add_row(candidate, spec.step_roles);
     } else if (!is_from_prompt) {
-      row = row_of_rank[candidate.id % spec.beam_width];
+      row = row_of_rank_[candidate.id % spec.beam_width];
     }
     search.reserve_tokens(&candidate, num_steps);
     plan_.sample_request.push_back(index);
@@ -197,7 +239,7 @@ void Scheduler::plan_request(Request* request) {
     plan_.sample_position.push_back(candidate.length);
     plan_.sample_steps.push_back(num_steps);
     plan_.sample_seed.push_back(static_cast<int64_t>(spec.seed));
-    write_table(search, &candidate, &plan_.sample_tables);
+    write_table(search, &candidate, plan_.table_width, &plan_.sample_tables);
     ++num_samples;
   }
   plan_.request_ids.push_back(request->id);
@@ -208,7 +250,7 @@ void Scheduler::plan_request(Request* request) {
   request->is_in_flight = true;
 }
 
-void Scheduler::write_table(const Search& search, const Candidate* candidate,
+void Scheduler::write_table(const Search& search, const Candidate* candidate, int32_t width,
                             std::vector<int32_t>* tables) const {
   const size_t begin = tables->size();
   tables->insert(tables->end(), search.prompt_table.begin(), search.prompt_table.end());
@@ -216,7 +258,7 @@ void Scheduler::write_table(const Search& search, const Candidate* candidate,
     tables->insert(tables->end(), candidate->blocks.begin(), candidate->blocks.end());
   }
   // Unused entries are 0: a valid block, so that a kernel that prefetches stays in bounds.
-  tables->resize(begin + plan_.table_width, 0);
+  tables->resize(begin + width, 0);
 }
 
 const ScorePlan& Scheduler::plan_scores() {
@@ -224,11 +266,11 @@ const ScorePlan& Scheduler::plan_scores() {
   if (is_in_flight_) throw InvalidState("plan_scores() while a burst is in flight");
   ScorePlan& plan = score_plan_;
   plan.clear();
-  plan.table_width = plan_.table_width;  // no request was admitted since
+  plan.table_width = table_width();
   std::vector<Request*> requests;
-  for (const auto& request : running_) {
+  for (Request* request : running_) {
     if (request->state != State::kScoring || request->is_handed_out) continue;
-    requests.push_back(request.get());
+    requests.push_back(request);
     for (const Candidate& candidate : request->search.pool) {
       if (!candidate.is_scored) {
         plan.max_new_tokens =
@@ -260,15 +302,15 @@ const ScorePlan& Scheduler::plan_scores() {
       for (size_t i = 0; i < candidate.recent.size(); ++i) {
         plan.row_tokens[begin + i] = candidate.recent[i].token;
       }
-      write_table(search, &candidate, &plan.row_tables);
+      write_table(search, &candidate, plan.table_width, &plan.row_tables);
       ++num_rows;
     }
     find_twins(search, first_row);
     plan.request_ids.push_back(request->id);
     plan.num_rows.push_back(num_rows);
     plan.prompt_blocks.push_back(search.spec.prompt_blocks());
-    request->is_handed_out = true;
   }
+  for (Request* request : requests) request->is_handed_out = true;
   return plan;
 }
 

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "scheduler/errors.h"
+#include "scheduler/memory.h"
 
 namespace ivg {
 
@@ -16,7 +17,7 @@ namespace {
 // large.
 constexpr int32_t kMaxTokens = 1 << 24;
 
-void require(bool ok, const char* parameter, long long value, const std::string& requirement) {
+void require(bool ok, const char* parameter, long long value, const char* requirement) {
   if (!ok) throw InvalidParameter(parameter, value, requirement);
 }
 
@@ -101,15 +102,28 @@ int64_t Scheduler::add_request(RequestSpec spec) {
     throw QueueFull(std::to_string(waiting_.size()) + " requests wait, max_queued_requests is " +
                     std::to_string(config_.max_queued_requests));
   }
-  waiting_.push_back(std::make_unique<Request>(next_id_, std::move(spec), &blocks_));
-  live_[next_id_] = waiting_.back().get();
+  make_room(&finished_, finished_.size() + requests_.size() + 1);
+  auto request = std::make_unique<Request>(next_id_, std::move(spec), &blocks_);
+  waiting_.push_back(request.get());
+  try {
+    requests_.emplace(next_id_, std::move(request));
+  } catch (...) {
+    waiting_.pop_back();
+    throw;
+  }
   return next_id_++;
 }
 
+Scheduler::Request* Scheduler::find_live(int64_t request_id) const {
+  const auto it = requests_.find(request_id);
+  if (it == requests_.end() || it->second->state == State::kEnded) return nullptr;
+  return it->second.get();
+}
+
 Scheduler::Request& Scheduler::find(int64_t request_id) const {
-  const auto it = live_.find(request_id);
-  require(it != live_.end(), "request_id", request_id, "must be a live request");
-  return *it->second;
+  Request* request = find_live(request_id);
+  require(request != nullptr, "request_id", request_id, "must be a live request");
+  return *request;
 }
 
 void Scheduler::check_given_out(int64_t request_id) const {
@@ -122,9 +136,8 @@ bool Scheduler::abort(int64_t request_id, Finish reason) {
   check_given_out(request_id);
   require(reason == Finish::kAbort || reason == Finish::kDeadline, "reason",
           static_cast<int>(reason), "must be kAbort or kDeadline");
-  const auto it = live_.find(request_id);
-  if (it == live_.end()) return false;
-  Request* request = it->second;
+  Request* request = find_live(request_id);
+  if (request == nullptr) return false;
   if (request->is_in_flight) {
     // The device may still write the request's blocks: they must not be given away before the
     // commit.
@@ -138,21 +151,17 @@ bool Scheduler::abort(int64_t request_id, Finish reason) {
 
 // Moves a request whose search is over out of the books; its result stays until it is taken.
 void Scheduler::finish(Request* request) {
-  Search& search = request->search;
+  const Search& search = request->search;
   IVG_CHECK(search.num_blocks_held == 0);
-  const int64_t id = request->id;
-  results_[id] = {std::move(search.pool), search.num_selections, search.num_blocks_copied,
-                  search.peak_blocks};
-  finished_.push_back(id);
-  live_.erase(id);
-  const auto is_it = [&](const std::unique_ptr<Request>& r) { return r.get() == request; };
-  if (request->state == State::kWaiting) {
-    waiting_.erase(std::find_if(waiting_.begin(), waiting_.end(), is_it));
+  finished_.push_back(request->id);
+  const State state = std::exchange(request->state, State::kEnded);
+  if (state == State::kWaiting) {
+    waiting_.erase(std::find(waiting_.begin(), waiting_.end(), request));
     return;
   }
   reserved_blocks_ -= search.spec.worst_case_blocks();
   reserved_rows_ -= search.spec.pool_size();
-  running_.erase(std::find_if(running_.begin(), running_.end(), is_it));
+  running_.erase(std::find(running_.begin(), running_.end(), request));
 }
 
 std::vector<TokenRecord> Scheduler::history(int64_t request_id, int32_t candidate_id) const {
@@ -167,22 +176,26 @@ std::vector<int32_t> Scheduler::take_decided(int64_t request_id) {
   const std::lock_guard lock(mutex_);
   check_given_out(request_id);
   std::vector<int32_t> tokens;
-  const auto it = live_.find(request_id);
-  if (it != live_.end()) it->second->search.take_decided(&tokens);
+  if (Request* request = find_live(request_id)) request->search.take_decided(&tokens);
   return tokens;
 }
 
 std::vector<int64_t> Scheduler::take_finished() {
   const std::lock_guard lock(mutex_);
-  return std::exchange(finished_, {});
+  std::vector<int64_t> taken = finished_;
+  finished_.clear();  // it keeps its memory: the next that ends must find room
+  return taken;
 }
 
 SearchResult Scheduler::take_result(int64_t request_id) {
   const std::lock_guard lock(mutex_);
-  const auto it = results_.find(request_id);
-  require(it != results_.end(), "request_id", request_id, "must have ended and not been taken");
-  SearchResult result = std::move(it->second);
-  results_.erase(it);
+  const auto it = requests_.find(request_id);
+  require(it != requests_.end() && it->second->state == State::kEnded, "request_id", request_id,
+          "must have ended and not been taken");
+  Search& search = it->second->search;
+  SearchResult result{std::move(search.pool), search.num_selections, search.num_blocks_copied,
+                      search.peak_blocks};
+  requests_.erase(it);
   return result;
 }
 
@@ -190,17 +203,18 @@ SearchResult Scheduler::take_result(int64_t request_id) {
 // case is reserved, so an admitted request never runs out of blocks.
 void Scheduler::admit() {
   while (!waiting_.empty()) {
-    Request* request = waiting_.front().get();
+    Request* request = waiting_.front();
     const RequestSpec& spec = request->search.spec;
     if (reserved_blocks_ + spec.worst_case_blocks() > config_.num_blocks ||
         reserved_rows_ + spec.pool_size() > config_.max_num_rows) {
       return;
     }
+    make_room(&running_, running_.size() + 1);
+    request->search.allocate_prompt();
     reserved_blocks_ += spec.worst_case_blocks();
     reserved_rows_ += spec.pool_size();
-    request->search.allocate_prompt();
     request->state = State::kReady;
-    running_.push_back(std::move(waiting_.front()));
+    running_.push_back(request);
     waiting_.pop_front();
   }
 }
@@ -208,10 +222,14 @@ void Scheduler::admit() {
 // All of it is checked before any of it is taken.
 void Scheduler::validate(const CommittedTokens& c) {
   const auto num_samples = static_cast<int32_t>(plan_.sample_request.size());
-  require(c.num_samples == num_samples, "num_samples", c.num_samples,
-          "must be the plan's " + std::to_string(num_samples));
-  require(c.num_steps >= 0 && c.num_steps <= plan_.num_steps, "num_steps", c.num_steps,
-          "must be in [0, " + std::to_string(plan_.num_steps) + "]");
+  if (c.num_samples != num_samples) {
+    throw InvalidParameter("num_samples", c.num_samples,
+                           "must be the plan's " + std::to_string(num_samples));
+  }
+  if (c.num_steps < 0 || c.num_steps > plan_.num_steps) {
+    throw InvalidParameter("num_steps", c.num_steps,
+                           "must be in [0, " + std::to_string(plan_.num_steps) + "]");
+  }
   int32_t b = 0;
   for (size_t i = 0; i < plan_.request_ids.size(); ++i) {
     const bool is_aborted = find(plan_.request_ids[i]).abort_reason != Finish::kNone;
@@ -257,6 +275,24 @@ void Scheduler::commit_tokens(const CommittedTokens& committed) {
   }
 }
 
+std::vector<int64_t> Scheduler::give_up() {
+  const std::lock_guard lock(mutex_);
+  std::vector<int64_t> ids = plan_.request_ids;
+  ids.insert(ids.end(), plan_.prefill_request_ids.begin(), plan_.prefill_request_ids.end());
+  is_in_flight_ = false;
+  plan_.clear();
+  const auto has_ended = [&](int64_t id) {  // a request may be in both lists
+    Request* request = find_live(id);
+    if (request == nullptr) return true;
+    const Finish reason = request->abort_reason;
+    request->search.finalize(reason == Finish::kNone ? Finish::kAbort : reason);
+    finish(request);
+    return false;
+  };
+  ids.erase(std::remove_if(ids.begin(), ids.end(), has_ended), ids.end());
+  return ids;
+}
+
 void Scheduler::append(Search* search, const CommittedTokens& c, int32_t sample) const {
   for (Candidate& candidate : search->pool) {
     if (candidate.is_finished()) continue;
@@ -296,9 +332,8 @@ bool Scheduler::commit_scores(int64_t request_id, const double* scores, int32_t 
                               const float* rewards, int32_t rewards_stride) {
   const std::lock_guard lock(mutex_);
   check_given_out(request_id);
-  const auto it = live_.find(request_id);
-  if (it == live_.end()) return false;
-  Request* request = it->second;
+  Request* request = find_live(request_id);
+  if (request == nullptr) return false;
   if (request->state != State::kScoring || !request->is_handed_out) {
     throw InvalidState("commit_scores() for a request that is not being scored");
   }
@@ -306,8 +341,10 @@ bool Scheduler::commit_scores(int64_t request_id, const double* scores, int32_t 
   for (Candidate& candidate : request->search.pool) {
     if (!candidate.is_scored) unscored.push_back(&candidate);
   }
-  require(num_scores == static_cast<int32_t>(unscored.size()), "num_scores", num_scores,
-          "must be the score plan's " + std::to_string(unscored.size()));
+  if (num_scores != static_cast<int32_t>(unscored.size())) {
+    throw InvalidParameter("num_scores", num_scores,
+                           "must be the score plan's " + std::to_string(unscored.size()));
+  }
   for (int32_t i = 0; i < num_scores; ++i) {
     if (!std::isfinite(scores[i])) {
       throw InvalidParameter("scores", i, "must be finite at every index");
@@ -337,7 +374,7 @@ bool Scheduler::commit_scores(int64_t request_id, const double* scores, int32_t 
 
 bool Scheduler::has_unfinished() const {
   const std::lock_guard lock(mutex_);
-  return !live_.empty();
+  return !waiting_.empty() || !running_.empty();
 }
 
 SchedulerStats Scheduler::stats() const {

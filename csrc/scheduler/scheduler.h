@@ -15,6 +15,9 @@
 // means: at a boundary, the next plan() may start its chunk. Blocks move only inside plan(),
 // commit_*() and abort(). Calls may come from several threads (an abort during a plan, say); the
 // arrays of a plan are for the one thread that plans.
+//
+// A call that throws, for want of memory too, has changed nothing that shows and may be made again:
+// all memory is taken before the first change. A request's end needs none.
 #pragma once
 
 #include <cstdint>
@@ -82,6 +85,8 @@ struct BurstPlan {
   std::vector<int32_t> sample_tables;  // [B, table_width]
 
   void clear();
+  // Room for so many more.
+  void reserve(size_t num_requests, size_t num_rows, size_t num_samples);
 };
 
 // The candidates to score, grouped by request. Those that carry a score from an earlier boundary
@@ -148,6 +153,9 @@ class Scheduler {
 
   const BurstPlan& plan();
   void commit_tokens(const CommittedTokens& committed);
+  // Ends all requests of the last plan, which could not be run to its commit: what their blocks
+  // hold is not known. Their ids.
+  std::vector<int64_t> give_up();
   const ScorePlan& plan_scores();
   // Scores of the request's rows of the score plan, in its order; finite. `rewards` (may be null):
   // [rows, max_new_tokens] implicit rewards of the new tokens where the scorer has measured them.
@@ -174,7 +182,7 @@ class Scheduler {
   void check_integrity() const;
 
  private:
-  enum class State : uint8_t { kWaiting, kReady, kRunning, kScoring };
+  enum class State : uint8_t { kWaiting, kReady, kRunning, kScoring, kEnded };
   struct Request {
     Request(int64_t id, RequestSpec spec, BlockPool* blocks)
         : id(id), search(std::move(spec), blocks) {}
@@ -182,6 +190,7 @@ class Scheduler {
     Search search;
     State state = State::kWaiting;
     int32_t num_prefilled = 0;   // of the longest prompt's tokens
+    int32_t prefill_end = 0;     // the same when the plan at work has run
     int32_t num_waited = 0;      // steps that others have taken while it could have started
     bool is_handed_out = false;  // scoring: its rows were in a score plan
     bool is_in_flight = false;   // part of the plan that runs now
@@ -193,14 +202,17 @@ class Scheduler {
   void check_and_simplify(RequestSpec& spec) const;
   void check_given_out(int64_t request_id) const;
   void validate(const CommittedTokens& committed);
+  Request* find_live(int64_t request_id) const;  // null if it has ended
   Request& find(int64_t request_id) const;
+  int32_t table_width() const;
+  void reserve_plan(const std::vector<Request*>& taking_part);
   void admit();
   bool may_start(const Request& request) const;
   int32_t burst_steps(const std::vector<Request*>& taking_part) const;
   void plan_prefill();
   void plan_request(Request* request);
   void find_twins(const Search& search, int32_t first_row);
-  void write_table(const Search& search, const Candidate* candidate,
+  void write_table(const Search& search, const Candidate* candidate, int32_t width,
                    std::vector<int32_t>* tables) const;
   void append(Search* search, const CommittedTokens& committed, int32_t first_sample) const;
   void reach_boundary(Request* request);
@@ -212,15 +224,15 @@ class Scheduler {
   BurstPlan plan_;
   ScorePlan score_plan_;
   std::vector<std::pair<uint64_t, int32_t>> hashes_;  // of find_twins
+  std::vector<int32_t> row_of_rank_;                  // of plan_request
   bool is_in_flight_ = false;
   int64_t next_id_ = 0;
   int64_t reserved_blocks_ = 0;
   int32_t reserved_rows_ = 0;
-  std::deque<std::unique_ptr<Request>> waiting_;
-  std::vector<std::unique_ptr<Request>> running_;  // in order of admission
-  std::unordered_map<int64_t, Request*> live_;     // waiting and running
+  std::unordered_map<int64_t, std::unique_ptr<Request>> requests_;  // until the result is taken
+  std::deque<Request*> waiting_;
+  std::vector<Request*> running_;  // in order of admission
   std::vector<int64_t> finished_;
-  std::unordered_map<int64_t, SearchResult> results_;
 };
 
 }  // namespace ivg

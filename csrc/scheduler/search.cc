@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "scheduler/errors.h"
+#include "scheduler/memory.h"
 
 namespace ivg {
 
@@ -26,10 +27,16 @@ bool have_same_tokens(const std::vector<TokenRecord>& a, const std::vector<Token
 
 }  // namespace
 
-Segment::Segment(std::shared_ptr<const Segment> parent, std::vector<TokenRecord> records)
-    : parent(std::move(parent)),
-      records(std::move(records)),
-      hash(hash_tokens(this->parent.get(), this->records)) {}
+Segment::Segment(std::shared_ptr<const Segment> parent, std::vector<TokenRecord> records) {
+  fill(std::move(parent), std::move(records));
+}
+
+void Segment::fill(std::shared_ptr<const Segment> new_parent,
+                   std::vector<TokenRecord> new_records) {
+  parent = std::move(new_parent);
+  records = std::move(new_records);
+  hash = hash_tokens(parent.get(), records);
+}
 
 Segment::~Segment() {
   std::shared_ptr<const Segment> next = std::move(parent);
@@ -71,7 +78,16 @@ int64_t RequestSpec::worst_case_blocks() const {
          rows * blocks_for(int64_t{kBlockSize} - 1 + chunk_length + reads_eos);
 }
 
-Search::Search(RequestSpec spec, BlockPool* blocks) : spec(std::move(spec)), blocks_(blocks) {}
+Search::Search(RequestSpec spec, BlockPool* blocks) : spec(std::move(spec)), blocks_(blocks) {
+  reserve_pool(1);  // for the empty candidate of one that ends before it starts
+}
+
+void Search::reserve_pool(int32_t num_candidates) {
+  for (auto* candidates : {&pool, &survivors, &moved_}) candidates->reserve(num_candidates);
+  for (auto* pointers : {&order_, &kept_}) pointers->reserve(num_candidates);
+  spare_tables_.reserve(num_candidates);
+  spare_records_.reserve(num_candidates);
+}
 
 int32_t Search::steps_to_boundary() const {
   const int32_t to_limit = spec.max_tokens - length();
@@ -85,18 +101,15 @@ bool Search::is_at_boundary() const {
 }
 
 void Search::allocate_prompt() {
+  reserve_pool(spec.pool_size());
+  prompt_table.reserve(spec.prompt_blocks());
   for (int32_t i = 0; i < spec.prompt_blocks(); ++i) prompt_table.push_back(blocks_->allocate());
   num_blocks_held = peak_blocks = spec.prompt_blocks();
 }
 
-void Search::branch_prompt() {
-  pool.resize(spec.pool_size());
-  for (int32_t id = 0; id < spec.pool_size(); ++id) pool[id].id = id;
-}
-
 namespace {
 
-template <typename T>
+template <class T>
 std::vector<T> take(std::vector<std::vector<T>>* spares) {
   if (spares->empty()) return {};
   std::vector<T> buffer = std::move(spares->back());
@@ -104,7 +117,47 @@ std::vector<T> take(std::vector<std::vector<T>>* spares) {
   return buffer;
 }
 
+// The next `count` that are taken have room for `size` elements each.
+template <class T>
+void stock(std::vector<std::vector<T>>* spares, size_t count, size_t size) {
+  if (spares->size() < count) spares->resize(count);
+  for (auto spare = spares->end() - static_cast<std::ptrdiff_t>(count); spare != spares->end();
+       ++spare) {
+    make_room(&*spare, size);
+  }
+}
+
 }  // namespace
+
+void Search::prepare(int32_t num_steps) {
+  const auto num_new = static_cast<size_t>(num_steps);
+  for (Candidate& candidate : pool) {
+    if (candidate.is_finished()) continue;
+    make_room(&candidate.blocks, blocks_for(candidate.length + num_steps));
+    make_room(&candidate.recent, candidate.recent.size() + num_new);
+  }
+  if (!pool.empty()) return;
+  size_t num_blocks = blocks_for(length() + num_steps);
+  for (Candidate& survivor : survivors) {
+    num_blocks = std::max(num_blocks, survivor.blocks.size() + 1);
+    if (!survivor.is_finished()) make_room(&survivor.blocks, num_blocks);
+  }
+  stock(&spare_tables_, spec.pool_size(), num_blocks);
+  stock(&spare_records_, spec.pool_size(), num_new);
+  spare_segments_.reserve(survivors.size());
+  while (spare_segments_.size() < survivors.size()) {
+    spare_segments_.push_back(std::make_shared<Segment>());
+  }
+}
+
+void Search::branch_prompt() {
+  pool.resize(spec.pool_size());
+  for (int32_t id = 0; id < spec.pool_size(); ++id) {
+    pool[id].id = id;
+    pool[id].blocks = take(&spare_tables_);
+    pool[id].recent = take(&spare_records_);
+  }
+}
 
 void Search::fork(std::vector<BlockCopy>* copies) {
   const int32_t W = spec.beam_width;
@@ -112,8 +165,15 @@ void Search::fork(std::vector<BlockCopy>* copies) {
   const size_t copies_before = copies->size();
   for (Candidate& survivor : survivors) {
     if (survivor.recent.empty()) continue;  // a clone that has survived again
-    survivor.past =
-        std::make_shared<const Segment>(std::move(survivor.past), std::move(survivor.recent));
+    std::shared_ptr<Segment> segment;
+    if (spare_segments_.empty()) {
+      segment = std::make_shared<Segment>();
+    } else {
+      segment = std::move(spare_segments_.back());
+      spare_segments_.pop_back();
+    }
+    segment->fill(std::move(survivor.past), std::move(survivor.recent));
+    survivor.past = std::move(segment);
     survivor.recent.clear();
   }
   pool.clear();
@@ -152,6 +212,7 @@ void Search::fork(std::vector<BlockCopy>* copies) {
 
 void Search::reserve_tokens(Candidate* candidate, int32_t num_tokens) {
   const size_t needed = blocks_for(candidate->length + num_tokens);
+  make_room(&candidate->blocks, needed);
   while (candidate->blocks.size() < needed) {
     candidate->blocks.push_back(blocks_->allocate());
     ++num_blocks_held;
@@ -159,16 +220,14 @@ void Search::reserve_tokens(Candidate* candidate, int32_t num_tokens) {
   peak_blocks = std::max(peak_blocks, num_blocks_held);
 }
 
-namespace {
-
-// Candidates are moved with care: sorting pointers is several times cheaper than sorting the rows
-// themselves.
-void move_in_order(const std::vector<Candidate*>& order, std::vector<Candidate>* out) {
-  std::vector<Candidate> moved;
-  moved.reserve(order.size());
-  for (Candidate* candidate : order) moved.push_back(std::move(*candidate));
-  out->swap(moved);
+// `kept_`, as pointers: sorting them is several times cheaper than sorting the rows themselves.
+void Search::move_in_order(std::vector<Candidate>* out) {
+  for (Candidate* candidate : kept_) moved_.push_back(std::move(*candidate));
+  out->swap(moved_);
+  moved_.clear();
 }
+
+namespace {
 
 bool is_better(const Candidate* a, const Candidate* b) {
   return a->score != b->score ? a->score > b->score : a->id < b->id;
@@ -179,24 +238,24 @@ bool is_better(const Candidate* a, const Candidate* b) {
 bool Search::select() {
   ++num_selections;
   has_diverged_ = false;
-  std::vector<Candidate*> order;
-  order.reserve(pool.size());
-  for (Candidate& candidate : pool) order.push_back(&candidate);
-  const auto num_kept =
-      std::min<std::ptrdiff_t>(spec.beam_width, static_cast<std::ptrdiff_t>(order.size()));
-  std::partial_sort(order.begin(), order.begin() + num_kept, order.end(), is_better);
+  order_.clear();
+  for (Candidate& candidate : pool) order_.push_back(&candidate);
+  const auto first_lost =
+      order_.begin() +
+      std::min<std::ptrdiff_t>(spec.beam_width, static_cast<std::ptrdiff_t>(order_.size()));
+  std::partial_sort(order_.begin(), first_lost, order_.end(), is_better);
   const auto is_finished = [](const Candidate* c) { return c->is_finished(); };
   // At max_tokens nobody is left unfinished.
-  if (std::all_of(order.begin(), order.begin() + num_kept, is_finished)) {
+  if (std::all_of(order_.begin(), first_lost, is_finished)) {
     finalize(Finish::kAbort);
     return true;
   }
-  for (auto loser = order.begin() + num_kept; loser != order.end(); ++loser) drop(*loser);
-  order.resize(num_kept);
-  for (Candidate* survivor : order) {
+  for (auto loser = first_lost; loser != order_.end(); ++loser) drop(*loser);
+  kept_.assign(order_.begin(), first_lost);
+  for (Candidate* survivor : kept_) {
     if (survivor->is_finished()) release(survivor);
   }
-  move_in_order(order, &survivors);
+  move_in_order(&survivors);
   pool.clear();
   return false;
 }
@@ -232,11 +291,15 @@ void Search::take_decided(std::vector<int32_t>* tokens) {
   if (alive.empty() || has_diverged_) return;
   const int32_t begin = num_decided_;
   int32_t end = alive.front().length;
+  bool has_diverged = false;
   for (const Candidate& candidate : alive) {
     end = std::min(end, candidate.length - candidate.is_finished());
-    has_diverged_ |= candidate.is_finished();  // its tokens have an end
+    has_diverged |= candidate.is_finished();  // its tokens have an end
   }
-  if (end <= begin) return;
+  if (end <= begin) {
+    has_diverged_ = has_diverged;
+    return;
+  }
   const Candidate& first = alive.front();
   std::vector<int32_t> tail(end - begin);
   int32_t start = first.length;
@@ -256,8 +319,8 @@ void Search::take_decided(std::vector<int32_t>* tokens) {
   for (size_t i = 1; i < alive.size() && end > begin; ++i) {
     end = shared_until(alive[i], first, tail, begin, end);
   }
-  has_diverged_ |= end < num_comparable;
   tokens->insert(tokens->end(), tail.begin(), tail.begin() + (end - begin));
+  has_diverged_ = has_diverged || end < num_comparable;
   num_decided_ = end;
 }
 
@@ -271,21 +334,21 @@ void Search::finalize(Finish reason) {
 }
 
 void Search::report() {
-  std::vector<Candidate*> order;
-  for (Candidate& candidate : pool) order.push_back(&candidate);
-  std::sort(order.begin(), order.end(), is_better);
-  std::vector<Candidate*> kept;
-  for (Candidate* candidate : order) {
-    if (static_cast<int32_t>(kept.size()) == spec.num_outputs) break;
+  order_.clear();
+  kept_.clear();
+  for (Candidate& candidate : pool) order_.push_back(&candidate);
+  std::sort(order_.begin(), order_.end(), is_better);
+  for (Candidate* candidate : order_) {
+    if (static_cast<int32_t>(kept_.size()) == spec.num_outputs) break;
     // Clones of one survivor share its past and have nothing of their own.
-    const bool is_clone =
-        candidate->recent.empty() && std::any_of(kept.begin(), kept.end(), [&](const Candidate* c) {
-          return c->recent.empty() && c->past == candidate->past;
-        });
-    if (!is_clone) kept.push_back(candidate);
+    const bool is_clone = candidate->recent.empty() &&
+                          std::any_of(kept_.begin(), kept_.end(), [&](const Candidate* c) {
+                            return c->recent.empty() && c->past == candidate->past;
+                          });
+    if (!is_clone) kept_.push_back(candidate);
   }
   release_all();
-  move_in_order(kept, &pool);
+  move_in_order(&pool);
 }
 
 void Search::release(Candidate* candidate) {
@@ -296,8 +359,12 @@ void Search::release(Candidate* candidate) {
 void Search::drop(Candidate* candidate) {
   release(candidate);
   candidate->recent.clear();
-  spare_tables_.push_back(std::move(candidate->blocks));
-  spare_records_.push_back(std::move(candidate->recent));
+  if (spare_tables_.size() < spare_tables_.capacity()) {
+    spare_tables_.push_back(std::move(candidate->blocks));
+  }
+  if (spare_records_.size() < spare_records_.capacity()) {
+    spare_records_.push_back(std::move(candidate->recent));
+  }
 }
 
 void Search::release_all() {

@@ -26,12 +26,15 @@ struct TokenRecord {
 struct Segment {
   mutable std::shared_ptr<const Segment> parent;  // mutable for the destructor of a child alone
   std::vector<TokenRecord> records;
-  uint64_t hash;  // of all tokens up to here
+  uint64_t hash = 0;  // of all tokens up to here
 
+  Segment() = default;
   Segment(std::shared_ptr<const Segment> parent, std::vector<TokenRecord> records);
   ~Segment();  // not recursive: a chain may be as long as the response
   Segment(const Segment&) = delete;
   Segment& operator=(const Segment&) = delete;
+
+  void fill(std::shared_ptr<const Segment> parent, std::vector<TokenRecord> records);
 };
 
 enum class Finish : uint8_t {
@@ -122,7 +125,11 @@ class Search {
   int32_t steps_to_boundary() const;
   bool is_at_boundary() const;
 
+  // The prompt's blocks, and memory for the pool: its selections and its end need no more.
   void allocate_prompt();
+  // All memory that the fork (if it is due) and `num_steps` more tokens of every candidate need:
+  // up to the next fork nothing else takes any. A call that throws has changed nothing.
+  void prepare(int32_t num_steps);
   // The first pool: W*K empty candidates.
   void branch_prompt();
   // The next pool: K children of each survivor, child c of rank r with id c*W + r. Losers were
@@ -143,7 +150,9 @@ class Search {
   void finalize(Finish reason);
 
  private:
+  void reserve_pool(int32_t num_candidates);
   void report();  // turns the pool into the result
+  void move_in_order(std::vector<Candidate>* out);
   void release(Candidate* candidate);
   void drop(Candidate* candidate);  // a loser: its buffers go to the next children
   void release_all();
@@ -155,6 +164,9 @@ class Search {
   // library would take longer than all the rest.
   std::vector<std::vector<int32_t>> spare_tables_;
   std::vector<std::vector<TokenRecord>> spare_records_;
+  std::vector<std::shared_ptr<Segment>> spare_segments_;
+  std::vector<Candidate*> order_, kept_;  // of a selection
+  std::vector<Candidate> moved_;
 };
 
 }  // namespace ivg

@@ -3,10 +3,8 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
-#include <atomic>
 #include <map>
 #include <random>
-#include <thread>
 
 #include "driver.h"
 #include "scheduler/errors.h"
@@ -139,40 +137,4 @@ TEST_CASE("many requests, aborts at any time: each ends once, nothing leaks") {
     CHECK(scheduler.stats().num_blocks_used == 0);
     CHECK(scheduler.stats().num_rows == 0);
   }
-}
-
-TEST_CASE("requests are added and aborted from other threads") {
-  Scheduler scheduler(make_config(2000, 4));
-  std::atomic<bool> is_done{false};
-  std::atomic<int64_t> num_added{0};
-  std::thread adds([&] {
-    for (int i = 0; i < 300; ++i) {
-      scheduler.add_request(make_spec(2, 2, 5, 20));
-      ++num_added;
-    }
-    is_done = true;
-  });
-  std::thread aborts([&] {
-    std::mt19937 rng(1);
-    while (!is_done) {
-      const auto n = static_cast<int32_t>(num_added.load());
-      if (n > 0) scheduler.abort(pick(rng, 0, n - 1));
-      scheduler.stats();
-    }
-  });
-  size_t num_ended = 0;
-  while (!is_done || scheduler.has_unfinished()) {
-    run_burst(&scheduler);
-    const ScorePlan plan = scheduler.plan_scores();
-    for (size_t i = 0; i < plan.request_ids.size(); ++i) {
-      const std::vector<double> scores(plan.num_rows[i], 0.0);
-      scheduler.commit_scores(plan.request_ids[i], scores.data(), plan.num_rows[i], nullptr, 0);
-    }
-    num_ended += scheduler.take_finished().size();
-  }
-  adds.join();
-  aborts.join();
-  num_ended += scheduler.take_finished().size();
-  CHECK(num_ended == 300);
-  scheduler.check_integrity();
 }
