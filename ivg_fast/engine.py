@@ -31,6 +31,7 @@ from ivg_fast.prompts import RequestFactory
 from ivg_fast.rendering import PromptInput, PromptRenderer, as_prompt_list, tokenizers_by_role
 from ivg_fast.request import ROLES
 from ivg_fast.scoring import ChunkScorer
+from ivg_fast.static_burst import StaticBursts
 from ivg_fast.templates import Template
 from ivg_fast.warmup import WARMUP_PROMPT, warm_up
 
@@ -223,7 +224,12 @@ class Engine:
         pools = [pool for runner in runners for pool in runner.pools]
         token_scorer = TokenScorer(self._runners, self.vocab_size)
         burst = BurstRunner(
-            self._runners, self.vocab_size, BlockCopier(pools).copy, token_scorer, self.tokenizer
+            self._runners,
+            self.vocab_size,
+            BlockCopier(pools).copy,
+            token_scorer,
+            self.tokenizer,
+            self._static_bursts(token_scorer),
         )
         scorer = partial(ChunkScorer, self._runners, token_scorer, eos_id, self.tokenizer)
         self._loop = RequestLoop(self._scheduler, burst, scorer, self.tokenizer, self.config)
@@ -236,6 +242,18 @@ class Engine:
             eos_ids,
             eos_id,
             self._value,
+        )
+
+    def _static_bursts(self, token_scorer: TokenScorer) -> StaticBursts | None:
+        """What runs bursts without the host, None where it looks at every step."""
+        if self._runners["base"].device.type == "cpu":
+            return None
+        return StaticBursts(
+            self._runners,
+            self.vocab_size,
+            token_scorer,
+            max_steps=self.config.max_burst_steps,
+            can_capture=self.config.cuda_graphs,
         )
 
     # --- requests --------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ivg_fast.batches import Int64s, first_batch
 from ivg_fast.models.batch import ForwardBatch
 from ivg_fast.models.runner import ModelRunner
+from ivg_fast.ops.packed import upload
 from ivg_fast.request import ROLE_BIT, LiveRequest
 
 # By role, which rows of the plan there are outputs for, ascending, and the outputs: logits, of the
@@ -75,7 +76,9 @@ class FirstForward:
         }
         if not prompts and not len(rows):
             return
-        batch = first_batch(plan, self._requests, role, prompts, rows)
+        batch = first_batch(
+            plan, self._requests, role, prompts, rows, self._runners[role].device
+        )
         if role == "value":
             outputs = {role: self._runners[role].hidden(batch)}
         elif role == "tuned" and any(r.has_value_on_trunk for r in (*self._requests, *prefill)):
@@ -114,4 +117,4 @@ class FirstForward:
         if role in self._rows:
             logits = torch.cat([logits, self._rows[role][1]])
         # Where each row stands in that: the kept ones come first.
-        return logits[torch.from_numpy(np.argsort(np.argsort(~is_kept, kind="stable")))]
+        return logits[upload(np.argsort(np.argsort(~is_kept, kind="stable")), logits.device)]
