@@ -13,10 +13,10 @@ from torch import nn
 
 from ivg_fast import _C
 from ivg_fast.burst import BurstRunner
+from ivg_fast.devices import check_placed, checked_device, device_of, on_device, pool_errors
 from ivg_fast.errors import InvalidParameterError, IVGError, VocabularyMismatchError
 from ivg_fast.kv_budget import affordable_blocks
 from ivg_fast.loop import Ended, RequestLoop
-from ivg_fast.models import support
 from ivg_fast.models.checkpoints import check_checkpoints, check_pair
 from ivg_fast.models.loading import kwargs_of, load_model, load_tokenizer
 from ivg_fast.models.runner import ModelRunner
@@ -42,7 +42,8 @@ class Engine:
     One thread owns an engine; `add_request` and `abort` alone may be called on others.
 
     Args:
-        base_model: the model that is steered, a decoder of transformers.
+        base_model: the model that is steered, a decoder of transformers; where it is, the CPU or a
+            GPU, the others must be.
         tokenizer: the base model's; None if prompts are token ids, and nothing needs text.
         tuned, untuned: the pair of the implicit value function; both or none. They share the base
             model's token ids.
@@ -92,6 +93,7 @@ class Engine:
             value = as_value_model(value)
         models = {"base": base_model, "tuned": tuned, "untuned": untuned, "value": value}
         self._runners: dict[str, ModelRunner] = {}
+        self._device = device_of(base_model)
         try:
             for role, model in models.items():
                 if model is None and role != "base":
@@ -100,9 +102,13 @@ class Engine:
                     raise InvalidParameterError(
                         role, model, "must be a torch module; Engine.from_pretrained takes paths"
                     )
-                support.check_on_cpu(model, role)
-                self._runners[role] = ModelRunner(model, role=role, can_compile=self.config.compile)
-            self._set_up()
+                check_placed(model, role, self._device)
+                with on_device(self._device):
+                    self._runners[role] = ModelRunner(
+                        model, role=role, can_compile=self.config.compile
+                    )
+            with on_device(self._device):
+                self._set_up()
         except BaseException:
             self._value = ExplicitValue()  # a ValueFunction stays as it was given
             self.close()
@@ -129,7 +135,7 @@ class Engine:
                 adapters of such.
             value: a value model (see `load_value_model`). Where its tokenizer is not the base's it
                 becomes a TextValueModel.
-            device: None: the CPU.
+            device: "cpu" (also for None) or "cuda", of all models.
             dtype: "auto": the checkpoint's; float16 becomes float32 on the CPU.
             templates: as for the constructor; each role has the tokenizer beside its weights.
             model_kwargs: more arguments for loading the language models (see `load_model`). Under
@@ -140,8 +146,7 @@ class Engine:
             As the constructor; OSError or InvalidParameterError where a checkpoint cannot be read.
             Whether all of them are there is checked before the first one is loaded.
         """
-        if torch.device(device or "cpu").type != "cpu":
-            raise InvalidParameterError("device", str(device), "must be the CPU")
+        device = checked_device(device)
         paths = dict(zip(ROLES, (base, tuned, untuned, value), strict=True))
         check_checkpoints(paths, model_kwargs)
         tokenizer = load_tokenizer(base, kwargs_of("base", model_kwargs))
@@ -208,10 +213,12 @@ class Engine:
         num_blocks = self.config.num_blocks or affordable_blocks(
             runners, self.config, [text.runner for text in others]
         )
-        for runner in runners:
-            runner.allocate(num_blocks)
-        for text in others:
-            text.allocate(num_blocks)
+        block_bytes = sum(r.bytes_per_block for r in (*runners, *(text.runner for text in others)))
+        with pool_errors(num_blocks, block_bytes, self._device):
+            for runner in runners:
+                runner.allocate(num_blocks)
+            for text in others:
+                text.allocate(num_blocks)
         self._scheduler = _C.Scheduler(
             num_blocks=num_blocks,
             num_roles=len(ROLES),
@@ -246,7 +253,7 @@ class Engine:
 
     def _static_bursts(self, token_scorer: TokenScorer) -> StaticBursts | None:
         """What runs bursts without the host, None where it looks at every step."""
-        if self._runners["base"].device.type == "cpu":
+        if self._device.type == "cpu":
             return None
         return StaticBursts(
             self._runners,

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 
 from ivg_fast import _C
+from ivg_fast.devices import free_memory, gib
 from ivg_fast.errors import CapacityError
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.params import EngineConfig
@@ -15,14 +16,17 @@ from ivg_fast.params import EngineConfig
 def affordable_blocks(
     runners: Sequence[ModelRunner], config: EngineConfig, others: Sequence[ModelRunner] = ()
 ) -> int:
-    """As many blocks as `kv_memory_fraction` of the free memory holds in the pools of all roles,
-    but no more than `max_num_rows` rows could fill. `others` get as many, but hold no rows.
+    """As many blocks as `kv_memory_fraction` of the free memory, of the GPU where the models are on
+    one and loaded, holds in the pools of all roles, but no more than `max_num_rows` rows could fill. `others` get as many, but hold no rows.
 
     Raises:
         CapacityError: not even one.
     """
     block_bytes = sum(runner.bytes_per_block for runner in (*runners, *others))
-    budget = int(config.kv_memory_fraction * _available_memory())
+    device = runners[0].device
+    is_gpu = device.type == "cuda"
+    free = free_memory(device)[0] if is_gpu else _available_memory()
+    budget = int(config.kv_memory_fraction * free)
     num_blocks = min(budget // block_bytes, 2**31 // _C.BLOCK_SIZE - 1)  # slots are int32
     limits = [runner.max_position for runner in runners if runner.max_position is not None]
     if limits:
@@ -32,6 +36,7 @@ def affordable_blocks(
         raise CapacityError(
             f"kv_memory_fraction {config.kv_memory_fraction} of the free memory is {budget} bytes, "
             f"a KV block of all roles takes {block_bytes}"
+            + (f"; {gib(free)} of {device} are free, a smaller dtype leaves more" if is_gpu else "")
         )
     return num_blocks
 

@@ -284,7 +284,8 @@ class EngineConfig:
     Attributes:
         num_blocks: KV blocks of 16 tokens, the same ids for every role; None: as many as
             `kv_memory_fraction` allows, but no more than `max_num_rows` rows could fill.
-        kv_memory_fraction: share of the free memory that the pools of all roles may take.
+        kv_memory_fraction: share of the free memory (on a GPU: of what the weights leave free) that
+            the pools of all roles may take.
         max_num_rows: candidates that run at a time, over all requests.
         max_burst_steps: decode steps between two looks of the host at most. Results do not depend
             on it.
