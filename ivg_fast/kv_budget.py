@@ -16,8 +16,9 @@ from ivg_fast.params import EngineConfig
 def affordable_blocks(
     runners: Sequence[ModelRunner], config: EngineConfig, others: Sequence[ModelRunner] = ()
 ) -> int:
-    """As many blocks as `kv_memory_fraction` of the free memory, of the GPU where the models are on
-    one and loaded, holds in the pools of all roles, but no more than `max_num_rows` rows could fill. `others` get as many, but hold no rows.
+    """As many blocks as `kv_memory_fraction` of the free memory holds in the pools of all roles,
+    but no more than `max_num_rows` rows could fill. `others` get as many, but hold no rows. The
+    memory is the GPU's where the models are on one; they have been loaded by then.
 
     Raises:
         CapacityError: not even one.

@@ -167,7 +167,8 @@ class StaticBurst(Burst):
         super().count()
         num_syncs = 0
         if self._step is not None:
-            num_syncs = self._step.num_syncs * (len(self.result.tokens) - 1)
+            num_forwards = len(self.result.tokens) - 1 + bool(self.rows)  # the first one, too
+            num_syncs = self._step.num_syncs * num_forwards
         for request in self.requests:
             request.stats.num_host_syncs += num_syncs
 

@@ -174,11 +174,17 @@ class Family:
         return NaiveModels(tokenizer=self.tokenizer(), **roles)
 
     def engine(
-        self, tokenizers: dict[str, Any] | None = None, templates: Any = None, **config: Any
+        self,
+        tokenizers: dict[str, Any] | None = None,
+        templates: Any = None,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        **config: Any,
     ) -> Engine:
         """`tokenizers` by role, the base's among them; by default one for all."""
         own = {"base": self.tokenizer(), **(tokenizers or {})}
-        roles: dict[str, Any] = self.roles()
+        roles: dict[str, Any] = {r: m.to(device, dtype) for r, m in self.roles().items()}
         if "text" in self.value:
             roles["value"] = TextValueModel(roles["value"], pair_tokenizer())
         options = {"num_blocks": 2000, "num_threads": 1, **config}

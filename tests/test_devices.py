@@ -34,9 +34,9 @@ def test_weights_that_do_not_fit_say_what_would(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(CapacityError, match=r"of base take .* in bfloat16 .*, which fits$"):
         check_weights_fit(model, "base", CUDA)
     memory(monkeypatch, 100)
-    with pytest.raises(CapacityError, match="which does not fit either$"):
+    with pytest.raises(CapacityError, match=r"which does not fit either$"):
         check_weights_fit(model, "base", CUDA)
-    with pytest.raises(CapacityError, match="are free$"):
+    with pytest.raises(CapacityError, match=r"are free$"):
         check_weights_fit(model.to(torch.bfloat16), "base", CUDA)
     check_weights_fit(model, "base", torch.device("cpu"))  # there already
 

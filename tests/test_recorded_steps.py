@@ -14,15 +14,24 @@ from engine_cases import Case, Family, compare, fresh_seed, random_prompt
 from recorded_step import RecordedStep, WouldWait, recording
 from test_static_burst import make_static
 from tiny_models import TINY_MODELS, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ivg_fast.errors import NonFiniteLogitsError
+from ivg_fast.models.attention import PagedContext
 from ivg_fast.models.batch import StepBatch
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.ops.paged_attention import PagedPlan
 from ivg_fast.params import SearchParams
 from ivg_fast.static_rows import StaticRows
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(),
+        reason="Triton's interpreter is off there",
+    ),
+]
 SEED = fresh_seed()
 # The interpreter takes milliseconds a program: one layer, one KV head.
 SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -96,37 +105,82 @@ def test_planted_bugs_are_seen(monkeypatch, bug) -> None:
     assert found
 
 
+def values_alone(self, _module, query, _key, value, _mask, **_options) -> torch.Tensor:
+    """In attention's place, whose kernels are replayed above: each head's own value."""
+    group = query.shape[1] // value.shape[1]
+    heads = value[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2)
+    return heads.transpose(1, 2)
+
+
 @pytest.mark.parametrize("name", TINY_MODELS)
-def test_a_models_step_can_be_captured(name: str) -> None:
+def test_a_models_step_can_be_captured(monkeypatch, name: str) -> None:
     """No operator of a forward reads the device, and a replay follows its buffers."""
     if name == "gpt_oss":
         pytest.skip("its experts are a loop over those in use, on the CPU alone")
-    runner = ModelRunner(tiny_model(name, seed=1), role="base", num_blocks=8, self_test=False)
-    lens = torch.tensor([3, 5, 4, 2], dtype=torch.int32)
-    plan = PagedPlan("cpu", num_rows=4, num_tokens=4, table_width=2, tile_tokens=1)
-    table = torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7]], dtype=torch.int32)
-    rows = {"block_table": table.numpy(), "query_start_loc": torch.arange(5).int().numpy()}
-    zeros = torch.zeros(4, dtype=torch.int32).numpy()
-    for pool in runner.pools:
-        pool.normal_()
-    plan.update(
-        **rows, prompt_lens=lens.numpy(), response_lens=zeros, response_block_start=zeros + 1
-    )
+    runner = ModelRunner(tiny_model(name, seed=1), role="base", self_test=False)
+    monkeypatch.setattr(PagedContext, "attend", values_alone)
     batch = StepBatch(
         input_ids=torch.tensor([[3, 1, 4, 1]]),
-        position_ids=(lens.long() - 1)[None],
-        slot_mapping=torch.tensor([2, 32 + 4, 64 + 3, 96 + 1], dtype=torch.int32),
-        plan=plan,
+        position_ids=torch.tensor([[2, 4, 3, 1]]),
+        slot_mapping=torch.arange(4, dtype=torch.int32),
+        plan=PagedPlan("cpu", num_rows=4, num_tokens=4, table_width=2, tile_tokens=1),
         backend="triton",
     )
     out = torch.zeros(4, runner.logits_width)
     with torch.inference_mode():
         step = RecordedStep(lambda: out.copy_(runner.forward(batch)))
-        for ids in ([3, 1, 4, 1], [2, 7, 1, 8]):
+        for ids, positions in (([3, 1, 4, 1], [2, 4, 3, 1]), ([2, 7, 1, 8], [9, 3, 1, 40])):
             batch.input_ids.copy_(torch.tensor([ids]))
+            batch.position_ids.copy_(torch.tensor([positions]))
             step.replay()
             torch.testing.assert_close(out, runner.forward(batch), rtol=1e-5, atol=1e-5)
     runner.close()
+
+
+def test_a_model_that_looks_at_its_positions_cannot(monkeypatch) -> None:
+    """The control: what keeps rotary embeddings of the "dynamic" kind from being captured."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = tiny_model("llama", seed=1, rope_parameters=rope)
+    runner = ModelRunner(model, role="base", self_test=False)
+    monkeypatch.setattr(PagedContext, "attend", values_alone)
+    plan = PagedPlan("cpu", num_rows=2, num_tokens=2, table_width=2, tile_tokens=1)
+    ids, slots = torch.tensor([[3, 1]]), torch.arange(2, dtype=torch.int32)
+    batch = StepBatch(ids, ids, slots, plan, backend="triton")
+    with torch.inference_mode(), pytest.raises(WouldWait):
+        RecordedStep(lambda: runner.forward(batch))
+    runner.close()
+
+
+class _Strangers(TorchDispatchMode):
+    """Operators that make or read a tensor of the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        leaves = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        if any(leaf.is_cpu for leaf in leaves):
+            self.found.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_models_step_stays_on_its_device(monkeypatch, name: str) -> None:
+    """A tensor that is made on the host would be copied to the GPU in each step, and waited for. On
+    the meta device no operator can read a value either."""
+    monkeypatch.setattr(PagedContext, "attend", values_alone)
+    model = tiny_model(name, dtype=torch.bfloat16)  # in float32 experts have another form there
+    runner = ModelRunner(model.to("meta"), role="base", self_test=False)
+    ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
+    plan = PagedPlan("cpu", num_rows=4, num_tokens=4, table_width=2, tile_tokens=1)
+    batch = StepBatch(ids, ids, ids[0].int(), plan, backend="triton")
+    with torch.inference_mode(), _Strangers() as strangers:
+        assert runner.forward(batch).shape == (4, runner.logits_width)
+        assert strangers.found == []
+        torch.zeros(2).to("meta")  # the control
+        assert strangers.found
 
 
 def test_a_step_that_waits_is_refused() -> None:

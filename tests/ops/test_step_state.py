@@ -17,23 +17,25 @@ from ivg_fast.ops.step_state import StepState, sample_step
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 SEED = fresh_seed()
+# Triton's interpreter is off where there is a GPU.
+TRITON = "cuda" if torch.cuda.is_available() else "cpu"
 VOCAB = 11  # small: stop tokens are drawn often
 
 
-def arguments(rng: random.Random, num_rows: int) -> dict:
+def arguments(rng: random.Random, num_rows: int, device: str = "cpu") -> dict:
     return {
-        "seeds": torch.tensor([rng.randrange(2**62) for _ in range(num_rows)]),
-        "candidate_ids": torch.arange(num_rows),
-        "weight": torch.rand(num_rows),
-        "temperature": torch.rand(num_rows) + 0.5,
+        "seeds": torch.tensor([rng.randrange(2**62) for _ in range(num_rows)], device=device),
+        "candidate_ids": torch.arange(num_rows, device=device),
+        "weight": torch.rand(num_rows, device=device),
+        "temperature": torch.rand(num_rows, device=device) + 0.5,
         "top_k": 0,
         "top_p": 1.0,
         "min_p": 0.0,
     }
 
 
-def logits_of(num_rows: int) -> list[torch.Tensor]:
-    logits = [torch.randn(num_rows, VOCAB) for _ in range(3)]
+def logits_of(num_rows: int, device: str = "cpu") -> list[torch.Tensor]:
+    logits = [torch.randn(num_rows, VOCAB, device=device) for _ in range(3)]
     logits[0][1] = torch.nan
     return logits
 
@@ -43,8 +45,9 @@ def logits_of(num_rows: int) -> list[torch.Tensor]:
 def test_a_step_leaves_the_next_one(backend: str, attempt: int) -> None:
     rng = random.Random(f"{SEED} {attempt}")
     torch.manual_seed(rng.randrange(2**31))
-    state = make_state(rng, 12, VOCAB)
-    given, logits = arguments(rng, 12), logits_of(12)
+    device = TRITON if backend == "triton" else "cpu"
+    state = make_state(rng, 12, VOCAB, device)
+    given, logits = arguments(rng, 12, device), logits_of(12, device)
     for _ in range(2):
         drawn = guided_sample(*logits, **given, positions=state.positions, backend=backend)
         expected = advanced(state, drawn)
@@ -55,8 +58,9 @@ def test_a_step_leaves_the_next_one(backend: str, attempt: int) -> None:
 def test_rows_that_share_logits() -> None:
     rng = random.Random(f"{SEED} shared")
     torch.manual_seed(rng.randrange(2**31))
-    state, given, logits = make_state(rng, 6, VOCAB), arguments(rng, 6), logits_of(2)
-    given["logit_rows"] = torch.tensor([0, 0, 1, 1, 0, 0])
+    state = make_state(rng, 6, VOCAB, TRITON)
+    given, logits = arguments(rng, 6, TRITON), logits_of(2, TRITON)
+    given["logit_rows"] = torch.tensor([0, 0, 1, 1, 0, 0], device=TRITON)
     copy = clone(state)
     sample_step(*logits, state, **given, backend="triton")
     drawn = guided_sample(*logits, **given, positions=copy.positions, backend="triton")
