@@ -33,9 +33,7 @@ from ivg_fast.request import (
 # Tokens that a candidate has committed, by request id and candidate id.
 History = Callable[[int, int], Int32s]
 # From the runner, a plan, its requests and those that it prefills.
-MakeBurst = Callable[
-    ["BurstRunner", Any, Sequence[LiveRequest], Sequence[LiveRequest]], "Burst"
-]
+MakeBurst = Callable[["BurstRunner", Any, Sequence[LiveRequest], Sequence[LiveRequest]], "Burst"]
 
 
 class BurstRunner:

@@ -76,9 +76,7 @@ class FirstForward:
         }
         if not prompts and not len(rows):
             return
-        batch = first_batch(
-            plan, self._requests, role, prompts, rows, self._runners[role].device
-        )
+        batch = first_batch(plan, self._requests, role, prompts, rows, self._runners[role].device)
         if role == "value":
             outputs = {role: self._runners[role].hidden(batch)}
         elif role == "tuned" and any(r.has_value_on_trunk for r in (*self._requests, *prefill)):

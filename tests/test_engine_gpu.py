@@ -51,6 +51,8 @@ pytestmark = [
 ]
 SEED = fresh_seed()
 EOS = {"gpt2": 28, "llama": 7, "mistral": 28, "qwen3": 13, "gemma2": 0}
+# Bursts of more than a step, whatever the random cases are.
+LONG = SearchParams(max_tokens=9, ignore_eos=True, seed=1)
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BUNDLED = [str(imdb_path() / role) for role in ("base", "tuned", "untuned", "value")]
 
@@ -88,6 +90,7 @@ def test_the_whole_grid_with_graphs(shape: str) -> None:
     with family(shape).engine(device="cuda", max_burst_steps=8) as engine:
         outputs = run_engine(engine, cases)
         assert_same(outputs, results, cases)
+        engine.generate([[1, 2, 3]], LONG)
         steps = steps_of(engine)
     assert steps
     assert {type(step) for step in steps} == {GraphedStep}
@@ -124,6 +127,7 @@ def test_graphs_change_nothing() -> None:
     for cuda_graphs in (True, False):
         with family("llama").engine(device="cuda", cuda_graphs=cuda_graphs) as engine:
             outputs.append(run_engine(engine, cases))
+            engine.generate([[1, 2, 3]], LONG)
             kind = GraphedStep if cuda_graphs else EagerStep
             assert {type(step) for step in steps_of(engine)} == {kind}
     for with_graphs, without in zip(*outputs, strict=True):
