@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ivg_fast.batches import DecodeRows, Int32s, Int64s
 from ivg_fast.draws import BurstResult, padded, sampling_arguments
 from ivg_fast.errors import NonFiniteLogitsError
-from ivg_fast.first_forward import FirstForward, forward_trunk
+from ivg_fast.first_forward import FirstForward, RoleRows, forward_trunk
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.values import TokenScorer
 from ivg_fast.ops.guided_sample import GuidedSample, guided_sample
@@ -139,11 +139,14 @@ class Burst:
         self.is_alive = np.ones(self.num_samples, bool)
         self.num_forwards = np.zeros(self.num_samples, np.int64)
         self.stop_ids = padded([r.stop_ids for r in requests])[self.request_of]
-        self.rows = FirstForward(owner.runners, plan, requests, prefill).run()
+        self.rows = self._forward_first(prefill)
         # Whose explicit value is measured from the tuned model's hidden states, its trunk's.
         self.is_on_trunk = np.array([r.has_value_on_trunk for r in requests], bool)
 
     # --- the first step ----------------------------------------------------------------------
+
+    def _forward_first(self, prefill: Sequence[LiveRequest]) -> RoleRows:
+        return FirstForward(self.runners, self.plan, self.requests, prefill).run()
 
     def draw_first(self) -> None:
         groups = list(self._groups())

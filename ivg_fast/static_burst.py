@@ -13,6 +13,7 @@ import torch
 
 from ivg_fast.batches import Int64s
 from ivg_fast.burst import Burst, BurstRunner, Group
+from ivg_fast.first_forward import FirstForward, RoleRows
 from ivg_fast.graphs import EagerStep, Step, StepMaker
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.values import TokenScorer
@@ -20,10 +21,11 @@ from ivg_fast.ops._sample_args import GuidedSample
 from ivg_fast.ops.packed import upload
 from ivg_fast.ops.step_state import RECORDS
 from ivg_fast.request import LiveRequest
+from ivg_fast.static_forward import StaticForwards
 from ivg_fast.static_rows import RowsKey, StaticRows
 
 # Kinds of bursts whose buffers and graphs are kept; what was used longest ago gives way.
-MAX_KEPT = 32
+MAX_KEPT = 64
 _VALUE = RECORDS.index("value")
 
 
@@ -35,7 +37,8 @@ class StaticBursts:
         vocab_size: ids that all models share.
         token_scorer: measures first tokens, and values on a shared trunk.
         max_steps: of a burst.
-        make_step: makes what is replayed; None: on a GPU graphs, elsewhere eager steps.
+        make_step: makes what is replayed of the `step` of something; None: on a GPU graphs,
+            elsewhere eager steps.
         can_capture: False: no graphs.
         backend: of the ops.
     """
@@ -47,7 +50,7 @@ class StaticBursts:
         token_scorer: TokenScorer,
         *,
         max_steps: int,
-        make_step: Callable[[StaticRows], Step] | None = None,
+        make_step: Callable[[Any], Step] | None = None,
         can_capture: bool = True,
         backend: str = "auto",
     ) -> None:
@@ -59,10 +62,11 @@ class StaticBursts:
             maker = StepMaker(device, list(runners), can_capture=can_capture)
             self._streams = maker.streams
 
-            def make_step(rows: StaticRows) -> Step:
-                return maker(rows.step)
+            def make_step(static: Any) -> Step:
+                return maker(static.step)
 
-        self._make_step = make_step or (lambda rows: EagerStep(rows.step))
+        self._make_step = make_step or (lambda static: EagerStep(static.step))
+        self._forwards = StaticForwards(runners, self._make_step, backend)
         self._kept: OrderedDict[RowsKey, tuple[StaticRows, Step | None]] = OrderedDict()
         for runner in runners.values():
             for pool in runner.pools:
@@ -95,7 +99,7 @@ class StaticBursts:
         self._kept[key] = rows, step
         if len(self._kept) > MAX_KEPT:
             self._kept.popitem(last=False)
-        return StaticBurst(owner, plan, requests, prefill, rows, step)
+        return StaticBurst(owner, plan, requests, prefill, rows, step, self._forwards)
 
 
 class StaticBurst(Burst):
@@ -110,12 +114,18 @@ class StaticBurst(Burst):
         prefill: Sequence[LiveRequest],
         rows: StaticRows,
         step: Step | None,
+        forwards: StaticForwards,
     ) -> None:
+        self._forwards = forwards
         super().__init__(owner, plan, requests, prefill)
         self._rows, self._step = rows, step
         self._device = self.runners["base"].device
         self._row_of = rows.fill(plan, requests)
         self._measured: list[Int64s] = []  # samples with a first score on the device
+
+    def _forward_first(self, prefill: Sequence[LiveRequest]) -> RoleRows:
+        args = self.runners, self.plan, self.requests, prefill
+        return FirstForward(*args, self._forwards).run()
 
     def _draw_group(self, group: Group, logits: dict[str, torch.Tensor]) -> None:
         begin = int(self._row_of[group.members[0]])

@@ -74,7 +74,7 @@ class RowsKey:
                 )
             )
         num_stops = max((len(request.stop_ids) for request in requests), default=0)
-        return cls(tuple(segments), _power_of_two(plan.table_width), _power_of_two(num_stops))
+        return cls(tuple(segments), power_of_two(plan.table_width), power_of_two(num_stops))
 
     @property
     def num_rows(self) -> int:
@@ -84,12 +84,13 @@ class RowsKey:
 def bucket(num_rows: int) -> int:
     """Rows that a segment has room for: powers of two up to 8, then multiples of 8, 16 and 32."""
     if num_rows <= 8:
-        return _power_of_two(num_rows)
+        return power_of_two(num_rows)
     step = 8 if num_rows <= 32 else 16 if num_rows <= 128 else 32
     return -(-num_rows // step) * step
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n, and 1."""
     return 1 << max(n - 1, 0).bit_length()
 
 

@@ -138,7 +138,7 @@ def test_graphs_change_nothing() -> None:
 @pytest.mark.parametrize("value", ["vocabulary", "trunk"])
 def test_no_wait_inside_a_burst(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     """torch itself refuses every wait from a burst's first launch to the reading of its result."""
-    cases, results = solved(family("llama", value))
+    cases, results = (some[:6] for some in solved(family("llama", value)))
     run, read = BurstRunner.run, StaticRows.read
     num_bursts = 0
 

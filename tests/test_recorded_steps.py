@@ -18,11 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ivg_fast.errors import NonFiniteLogitsError
+from ivg_fast.graphs import EagerStep
 from ivg_fast.models.attention import PagedContext
 from ivg_fast.models.batch import StepBatch
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.ops.paged_attention import PagedPlan
 from ivg_fast.params import SearchParams
+from ivg_fast.static_forward import StaticForward
 from ivg_fast.static_rows import StaticRows
 
 pytestmark = [
@@ -57,10 +59,13 @@ def test_replays_return_what_the_naive_search_returns(monkeypatch) -> None:
     rng = random.Random(f"{SEED} replays")
     family = Family("llama", seed=SEED, overrides=SMALL)
     steps: list[RecordedStep] = []
+    forwards: list[RecordedStep] = []
 
-    def make_step(rows: StaticRows) -> RecordedStep:
-        steps.append(RecordedStep(rows.step))
-        return steps[-1]
+    def make_step(static: StaticRows | StaticForward) -> RecordedStep:
+        static.step()  # as before a capture
+        step = RecordedStep(static.step)
+        (steps if isinstance(static, StaticRows) else forwards).append(step)
+        return step
 
     make_static(monkeypatch, make_step=make_step, backend="triton")
     cases, models = cases_of(rng, family), family.naive()
@@ -69,6 +74,8 @@ def test_replays_return_what_the_naive_search_returns(monkeypatch) -> None:
     assert num_near_ties <= 1
     assert len(steps) == 1
     assert steps[0].num_replays >= 5  # of three bursts at least
+    assert len(forwards) == 3  # of the base, tuned, untuned; the value's is what scores
+    assert all(forward.num_replays >= 2 for forward in forwards)
 
 
 def baked_in(self: StaticRows) -> None:
@@ -91,9 +98,11 @@ def test_planted_bugs_are_seen(monkeypatch, bug) -> None:
     rng = random.Random(f"{SEED} planted")
     family = Family("llama", seed=SEED, overrides=SMALL)
 
-    def make_step(rows: StaticRows) -> RecordedStep:
-        bug(rows)
-        return RecordedStep(rows.step)
+    def make_step(static: StaticRows | StaticForward) -> EagerStep | RecordedStep:
+        if isinstance(static, StaticForward):
+            return EagerStep(static.step)
+        bug(static)
+        return RecordedStep(static.step)
 
     make_static(monkeypatch, make_step=make_step, backend="triton")
     cases, models = cases_of(rng, family), family.naive()
