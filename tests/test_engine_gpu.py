@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 from engine_cases import (
-    CELLS,
     SHAPES,
     Case,
     Family,
+    cells_of,
     compare,
     fresh_seed,
     is_near_tie,
@@ -51,8 +51,6 @@ pytestmark = [
 ]
 SEED = fresh_seed()
 EOS = {"gpt2": 28, "llama": 7, "mistral": 28, "qwen3": 13, "gemma2": 0}
-# Bursts of more than a step, whatever the random cases are.
-LONG = SearchParams(max_tokens=9, ignore_eos=True, seed=1)
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BUNDLED = [str(imdb_path() / role) for role in ("base", "tuned", "untuned", "value")]
 
@@ -63,11 +61,7 @@ def family(shape: str, value: str = "vocabulary", **overrides: Any) -> Family:
 
 def solved(of: Family) -> tuple[list[Case], list[NaiveResult]]:
     rng, models = random.Random(f"{SEED} {of.shape} {of.value}"), of.naive()
-    if of.value == "vocabulary":
-        cases = random_cases(rng, of, models)
-    else:
-        cells = [cell for cell in CELLS if cell[0] != "explicit" or of.value == "trunk"]
-        cases = [random_case(rng, of, *cell) for cell in cells]
+    cases = random_cases(rng, of, models, **cells_of(of.value))
     return cases, [case.solve(models) for case in cases]
 
 
@@ -90,7 +84,6 @@ def test_the_whole_grid_with_graphs(shape: str) -> None:
     with family(shape).engine(device="cuda", max_burst_steps=8) as engine:
         outputs = run_engine(engine, cases)
         assert_same(outputs, results, cases)
-        engine.generate([[1, 2, 3]], LONG)
         steps = steps_of(engine)
     assert steps
     assert {type(step) for step in steps} == {GraphedStep}
@@ -127,7 +120,6 @@ def test_graphs_change_nothing() -> None:
     for cuda_graphs in (True, False):
         with family("llama").engine(device="cuda", cuda_graphs=cuda_graphs) as engine:
             outputs.append(run_engine(engine, cases))
-            engine.generate([[1, 2, 3]], LONG)
             kind = GraphedStep if cuda_graphs else EagerStep
             assert {type(step) for step in steps_of(engine)} == {kind}
     for with_graphs, without in zip(*outputs, strict=True):

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 from engine_cases import (
-    CELLS,
     SHAPES,
     Case,
     Family,
+    cells_of,
     compare,
     fresh_seed,
-    random_case,
     random_cases,
     run_arrivals,
     run_engine,
@@ -25,9 +24,12 @@ from naive_search import NaiveModels, NaiveResult
 
 from ivg_fast.engine import Engine
 from ivg_fast.errors import NonFiniteLogitsError
+from ivg_fast.graphs import EagerStep
 from ivg_fast.models.values import TokenScorer
 from ivg_fast.ops.step_state import StepState
 from ivg_fast.static_burst import StaticBursts
+from ivg_fast.static_forward import StaticForward
+from ivg_fast.static_rows import StaticRows
 
 SEED = fresh_seed()
 EOS = {"gpt2": 28, "llama": 7, "mistral": 28, "qwen3": 13, "gemma2": 0}
@@ -46,11 +48,7 @@ def naive(shape: str, value: str) -> NaiveModels:
 def solved(shape: str, value: str = "vocabulary") -> tuple[list[Case], list[NaiveResult]]:
     rng = random.Random(f"{SEED} {shape} {value}")
     models, own = naive(shape, value), family(shape, value)
-    if value == "vocabulary":
-        cases = random_cases(rng, own, models)
-    else:  # what guides tokens is the vocabulary head's business
-        cells = [cell for cell in CELLS if cell[0] != "explicit" or value == "trunk"]
-        cases = [random_case(rng, own, *cell) for cell in cells]
+    cases = random_cases(rng, own, models, **cells_of(value))
     return cases, [case.solve(models) for case in cases]
 
 
@@ -61,8 +59,23 @@ def _drop_models():
     naive.cache_clear()
 
 
+class CountedStep(EagerStep):
+    """Counts replays of decode steps."""
+
+    num_replays = 0
+
+    def __init__(self, static: StaticRows | StaticForward) -> None:
+        def step() -> None:
+            CountedStep.num_replays += isinstance(static, StaticRows)
+            static.step()
+
+        super().__init__(step)
+
+
 def make_static(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
     """Engines made from here on run static bursts on the CPU."""
+    options = {"make_step": CountedStep, **options}
+    monkeypatch.setattr(CountedStep, "num_replays", 0)
 
     def static(self: Engine, token_scorer: TokenScorer) -> StaticBursts:
         return StaticBursts(
@@ -89,6 +102,7 @@ def test_the_whole_grid_at_once(monkeypatch, shape: str, burst: int) -> None:
     cases, results = solved(shape)
     with family(shape).engine(max_burst_steps=burst) as engine:
         assert_same(run_engine(engine, cases), results, cases)
+    assert (CountedStep.num_replays > 5) == (burst > 1)
 
 
 @pytest.mark.parametrize("value", ["scalar", "trunk", "scalar trunk", "text"])
@@ -97,6 +111,7 @@ def test_other_values(monkeypatch, value: str) -> None:
     cases, results = solved("llama", value)
     with family("llama", value).engine(max_burst_steps=4) as engine:
         assert_same(run_engine(engine, cases), results, cases)
+    assert CountedStep.num_replays > 5
 
 
 def test_arrivals_in_between(monkeypatch) -> None:
@@ -105,6 +120,7 @@ def test_arrivals_in_between(monkeypatch) -> None:
     rng = random.Random(f"{SEED} arrivals")
     with family("gpt2").engine(max_burst_steps=4, max_prefill_tokens=9) as engine:
         assert_same(run_arrivals(engine, cases, rng), results, cases)
+    assert CountedStep.num_replays > 5
 
 
 def test_counters_are_those_of_the_other_loop(monkeypatch) -> None:
