@@ -13,9 +13,9 @@ from torch import nn
 
 from ivg_fast import _C
 from ivg_fast.burst import BurstRunner
-from ivg_fast.devices import check_placed, checked_device, device_of, on_device, pool_errors
+from ivg_fast.devices import check_placed, checked_device, device_of, on_device
 from ivg_fast.errors import InvalidParameterError, IVGError, VocabularyMismatchError
-from ivg_fast.kv_budget import affordable_blocks
+from ivg_fast.kv_budget import allocate_pools
 from ivg_fast.loop import Ended, RequestLoop
 from ivg_fast.models.checkpoints import check_checkpoints, check_pair
 from ivg_fast.models.loading import kwargs_of, load_model, load_tokenizer
@@ -206,19 +206,7 @@ class Engine:
             )
         eos_id = eos if eos is not None else next(iter(eos_ids), None)
         runners = list(self._runners.values())
-        of_texts = self._value.function
-        others = []
-        if isinstance(of_texts, TextValueModel) and of_texts.num_blocks is None:
-            others = [of_texts]
-        num_blocks = self.config.num_blocks or affordable_blocks(
-            runners, self.config, [text.runner for text in others]
-        )
-        block_bytes = sum(r.bytes_per_block for r in (*runners, *(text.runner for text in others)))
-        with pool_errors(num_blocks, block_bytes, self._device):
-            for runner in runners:
-                runner.allocate(num_blocks)
-            for text in others:
-                text.allocate(num_blocks)
+        num_blocks = allocate_pools(runners, self.config, self._value.function)
         self._scheduler = _C.Scheduler(
             num_blocks=num_blocks,
             num_roles=len(ROLES),

@@ -12,7 +12,7 @@ import torch
 
 logger = logging.getLogger("ivg_fast")
 
-_SYNC_WARNING = "called a synchronizing CUDA operation"
+_SYNC_WARNING = "called a synchronizing"
 
 
 class Step(Protocol):

@@ -7,10 +7,35 @@ import os
 from collections.abc import Sequence
 
 from ivg_fast import _C
-from ivg_fast.devices import free_memory, gib
+from ivg_fast.devices import free_memory, gib, pool_errors
 from ivg_fast.errors import CapacityError
 from ivg_fast.models.runner import ModelRunner
+from ivg_fast.models.text_value import TextValueModel
+from ivg_fast.models.values import ValueFunction
 from ivg_fast.params import EngineConfig
+
+
+def allocate_pools(
+    runners: Sequence[ModelRunner], config: EngineConfig, value: ValueFunction | None
+) -> int:
+    """Makes the pools of all roles, and of a value that reads texts and has none yet: as many
+    blocks as the config says, else as can be afforded; how many that is.
+
+    Raises:
+        CapacityError: they do not fit.
+    """
+    others = []
+    if isinstance(value, TextValueModel) and value.num_blocks is None:
+        others = [value]
+    of_others = [text.runner for text in others]
+    num_blocks = config.num_blocks or affordable_blocks(runners, config, of_others)
+    block_bytes = sum(runner.bytes_per_block for runner in (*runners, *of_others))
+    with pool_errors(num_blocks, block_bytes, runners[0].device):
+        for runner in runners:
+            runner.allocate(num_blocks)
+        for text in others:
+            text.allocate(num_blocks)
+    return num_blocks
 
 
 def affordable_blocks(

@@ -22,7 +22,8 @@ from ivg_fast.ops.packed import upload
 from ivg_fast.ops.step_state import RECORDS
 from ivg_fast.request import LiveRequest
 from ivg_fast.static_forward import StaticForwards
-from ivg_fast.static_rows import RowsKey, StaticRows
+from ivg_fast.static_key import RowsKey
+from ivg_fast.static_rows import StaticRows
 
 # Kinds of bursts whose buffers and graphs are kept; what was used longest ago gives way.
 MAX_KEPT = 64

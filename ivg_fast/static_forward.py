@@ -20,7 +20,7 @@ from ivg_fast.ops._backend import choose_backend
 from ivg_fast.ops.packed import PackedArrays
 from ivg_fast.ops.paged_plan import PagedPlan, WorkListOptions
 from ivg_fast.request import LiveRequest
-from ivg_fast.static_rows import bucket, power_of_two
+from ivg_fast.static_key import bucket, power_of_two
 
 # Shapes whose buffers and graphs are kept, over all roles.
 MAX_KEPT = 128
