@@ -13,6 +13,7 @@ from engine_cases import CLASSIFIERS, classifier
 from tiny_models import TINY_MODELS, redraw_weights, tiny_config, tiny_model
 
 from ivg_fast.errors import UnsupportedModelError
+from ivg_fast.models import attention
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.selftest import check_model
 from ivg_fast.models.support import max_position
