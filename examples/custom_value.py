@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A value function of your own: any callable on texts; here a lexicon with a memory.
 
-python examples/custom_value.py BASE "a prompt"
+python examples/custom_value.py [--device cuda] BASE "a prompt"
 """
 
-import sys
+import argparse
 
 from ivg_fast import Engine, ScoreInput, SearchParams
 
@@ -37,9 +37,14 @@ class Lexicon:
 
 
 if __name__ == "__main__":
-    base, prompt = sys.argv[1:]
-    value = Lexicon()
-    with Engine.from_pretrained(base) as engine:  # as a scorer of single requests
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device")
+    parser.add_argument("base")
+    parser.add_argument("prompt")
+    given = parser.parse_args()
+    value, prompt = Lexicon(), given.prompt
+    with Engine.from_pretrained(given.base, device=given.device) as engine:
+        # A scorer of single requests; as the engine's own it would be its `value`.
         params = SearchParams.cbs(max_tokens=24, temperature=0.9, seed=0, scorer=value)
         (output,) = engine.generate(prompt, params)
         print(f"{output.outputs[0].score:+.0f}: {prompt}{output.outputs[0].text}")

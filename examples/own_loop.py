@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine in a loop of your own: requests come while others run, results as they end.
 
-python examples/own_loop.py BASE [TUNED UNTUNED [VALUE]] < prompts.txt
+python examples/own_loop.py [--device cuda] BASE [TUNED UNTUNED [VALUE]] < prompts.txt
 
 A service does the same with a queue in place of the lines, on the one thread that owns the engine.
 """
 
+import argparse
 import sys
 
 from ivg_fast import CapacityError, Engine, InvalidParameterError, SearchParams
@@ -29,10 +30,14 @@ def serve(engine, lines, params, max_waiting=2):
 
 
 if __name__ == "__main__":
-    models = sys.argv[1:]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device")
+    parser.add_argument("models", nargs="+")
+    arguments = parser.parse_args()
+    models = arguments.models
     methods = {1: SearchParams.base, 3: SearchParams.eft, 4: SearchParams.ivg}
     params = methods[len(models)](max_tokens=16, temperature=0.7, deadline_s=60.0)
-    with Engine.from_pretrained(*models) as engine:
+    with Engine.from_pretrained(*models, device=arguments.device) as engine:
         for prompt, result in serve(engine, (line.strip() for line in sys.stdin), params):
             if isinstance(result, Exception):
                 print(f"{prompt}: {type(result).__name__}: {result}")

@@ -31,6 +31,7 @@ def first_batch(
     role: str,
     prompts: dict[int, Int64s],
     rows: Int64s,
+    device: torch.device | str = "cpu",
 ) -> ForwardBatch:
     """Pieces of prompts, then one token of each row.
 
@@ -42,6 +43,7 @@ def first_batch(
         role: whose forward it is.
         prompts: by index into plan.prefill_request_ids, the prompts that the role goes on reading.
         rows: indices of the plan's rows that it forwards.
+        device: the role's.
     """
     which = list(prompts)
     whole = np.array([len(prompt) for prompt in prompts.values()], np.int32)
@@ -69,6 +71,7 @@ def first_batch(
         ),
         block_table=np.concatenate([tables, plan.row_tables[rows]]),
         logit_positions=ends[is_wanted] - 1,
+        device=device,
     )
 
 
@@ -122,6 +125,7 @@ def extension_batch(
     tokens: Int32s,
     *,
     last_only: bool,
+    device: torch.device | str = "cpu",
 ) -> ForwardBatch:
     """Response tokens [starts, ends) of rows of a score plan.
 
@@ -133,6 +137,7 @@ def extension_batch(
         starts, ends: response indices, one pair a row.
         tokens: the plan's row_tokens, or those and what may stand behind them.
         last_only: outputs are wanted of each row's last token only, else of every one.
+        device: the role's.
     """
     of_request = plan.row_request[rows]
     counts = ends - starts
@@ -153,6 +158,7 @@ def extension_batch(
         response_block_start=block_start,
         block_table=tables,
         logit_positions=stops - 1 if last_only else np.arange(len(position)),
+        device=device,
     )
 
 

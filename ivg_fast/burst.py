@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ivg_fast.batches import DecodeRows, Int32s, Int64s
 from ivg_fast.draws import BurstResult, padded, sampling_arguments
 from ivg_fast.errors import NonFiniteLogitsError
-from ivg_fast.first_forward import FirstForward, forward_trunk
+from ivg_fast.first_forward import FirstForward, RoleRows, forward_trunk
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.values import TokenScorer
 from ivg_fast.ops.guided_sample import GuidedSample, guided_sample
@@ -31,6 +32,8 @@ from ivg_fast.request import (
 
 # Tokens that a candidate has committed, by request id and candidate id.
 History = Callable[[int, int], Int32s]
+# From the runner, a plan, its requests and those that it prefills.
+MakeBurst = Callable[["BurstRunner", Any, Sequence[LiveRequest], Sequence[LiveRequest]], "Burst"]
 
 
 class BurstRunner:
@@ -42,6 +45,7 @@ class BurstRunner:
         copy_blocks: copies (src, dst) block pairs, int32 [N, 2], in every pool of every role.
         token_scorer: measures the first tokens for scorers that do not guide.
         tokenizer: for stop strings; None where there are none.
+        make: makes a burst of a plan; None: Burst.
     """
 
     def __init__(
@@ -51,12 +55,14 @@ class BurstRunner:
         copy_blocks: Callable[[Int32s], None],
         token_scorer: TokenScorer,
         tokenizer: Any,
+        make: MakeBurst | None = None,
     ) -> None:
         self.runners = runners
         self.vocab_size = vocab_size
         self.copy_blocks = copy_blocks
         self.token_scorer = token_scorer
         self.tokenizer = tokenizer
+        self._make = Burst if make is None else make
 
     def run(
         self,
@@ -76,7 +82,7 @@ class BurstRunner:
         Returns:
             The samples. A request whose logits no token can be drawn from has its `error` set.
         """
-        burst = _Burst(self, plan, requests, prefill)
+        burst = self._make(self, plan, requests, prefill)
         if len(plan.copies):
             self.copy_blocks(plan.copies)
         burst.draw_first()
@@ -93,7 +99,7 @@ class BurstRunner:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class Group:
     """Samples that one call draws: `members` of a plan, of requests [first, last).
 
     `is_from_prompt`: their logit rows are the prompts' last ones, else rows of the first forward.
@@ -106,8 +112,8 @@ class _Group:
     members: Int64s
 
 
-class _Burst:
-    """One run: the plan's arrays and what has been drawn so far."""
+class Burst:
+    """One run: the plan's arrays and what has been drawn so far. The host looks at each step."""
 
     def __init__(
         self,
@@ -133,11 +139,14 @@ class _Burst:
         self.is_alive = np.ones(self.num_samples, bool)
         self.num_forwards = np.zeros(self.num_samples, np.int64)
         self.stop_ids = padded([r.stop_ids for r in requests])[self.request_of]
-        self.rows = FirstForward(owner.runners, plan, requests, prefill).run()
+        self.rows = self._forward_first(prefill)
         # Whose explicit value is measured from the tuned model's hidden states, its trunk's.
         self.is_on_trunk = np.array([r.has_value_on_trunk for r in requests], bool)
 
     # --- the first step ----------------------------------------------------------------------
+
+    def _forward_first(self, prefill: Sequence[LiveRequest]) -> RoleRows:
+        return FirstForward(self.runners, self.plan, self.requests, prefill).run()
 
     def draw_first(self) -> None:
         groups = list(self._groups())
@@ -148,9 +157,7 @@ class _Burst:
                 if role == "value":
                     outputs = self.runners[role].score_head(outputs)
                 logits[role] = outputs[:, : self.owner.vocab_size]
-            arguments = self._sampling(group.members)
-            arguments["logit_rows"] = self._logit_rows(group)
-            self._draw(0, group.members, group.guidance, logits, arguments)
+            self._draw_group(group, logits)
         for group in groups:
             for kind in ("implicit", "explicit"):
                 self._measure_first(group, kind)
@@ -159,21 +166,26 @@ class _Burst:
                 (states,), rows = self._drawn_from(group, members, ("trunk",))
                 self._measure_on_trunk(0, members, states, rows)
 
-    def _groups(self) -> Iterator[_Group]:
+    def _draw_group(self, group: Group, logits: dict[str, torch.Tensor]) -> None:
+        arguments = self._sampling(group.members)
+        arguments["logit_rows"] = self._logit_rows(group)
+        self._draw(0, group.members, group.guidance, logits, arguments)
+
+    def _groups(self) -> Iterator[Group]:
         """Requests of equal guidance stand together, those that start from a prompt last."""
         first = begin = end = 0
         key: tuple[str, bool] | None = None
         for index, request in enumerate(self.requests):
             this = (request.params.guidance, bool(self.sample_row[end] < 0))
             if key is not None and this != key:
-                yield _Group(*key, first, index, np.arange(begin, end))
+                yield Group(*key, first, index, np.arange(begin, end))
                 first, begin = index, end
             key = this
             end += int(self.plan.num_samples[index])
         if key is not None:
-            yield _Group(*key, first, len(self.requests), np.arange(begin, end))
+            yield Group(*key, first, len(self.requests), np.arange(begin, end))
 
-    def _outputs(self, group: _Group, role: str) -> torch.Tensor:
+    def _outputs(self, group: Group, role: str) -> torch.Tensor:
         """The role's outputs that `_logit_rows` point into."""
         if group.is_from_prompt:
             members = self.requests[group.first : group.last]
@@ -182,13 +194,13 @@ class _Burst:
         a, b = np.searchsorted(rows, np.searchsorted(self.row_request, [group.first, group.last]))
         return outputs[a:b]
 
-    def _logit_rows(self, group: _Group) -> Int32s:
+    def _logit_rows(self, group: Group) -> Int32s:
         if group.is_from_prompt:
             return self.request_of[group.members] - group.first
         first_row = np.searchsorted(self.row_request, group.first)
         return self.sample_row[group.members] - np.int32(first_row)
 
-    def _measure_first(self, group: _Group, kind: str) -> None:
+    def _measure_first(self, group: Group, kind: str) -> None:
         """Measures the first tokens of a chunk for a scorer that does not guide: only the outputs
         before the fork can tell."""
         roles = GUIDES[kind]
@@ -199,14 +211,22 @@ class _Burst:
             members = members[(row_roles & ROLE_BIT[roles[0]]) != 0]
         if not len(members):
             return
-        outputs, rows = self._drawn_from(group, members, roles)
+        self._keep_first(kind, members, *self._drawn_from(group, members, roles))
+
+    def _keep_first(
+        self, kind: str, members: Int64s, outputs: list[torch.Tensor], rows: Int64s
+    ) -> None:
+        """Measures what these members drew first; `rows` of the outputs they drew from."""
         scores = self.owner.token_scorer.scores(kind, outputs, rows, self.result.tokens[0, members])
+        self.set_first(members, scores)
+
+    def set_first(self, members: Int64s, scores: NDArray[np.float64]) -> None:
         for sample, score in zip(members.tolist(), scores.tolist(), strict=True):
             request = self.requests[self.request_of[sample]]
             request.first_scores[self.candidates[sample]] = score
 
     def _drawn_from(
-        self, group: _Group, members: Int64s, roles: Sequence[str]
+        self, group: Group, members: Int64s, roles: Sequence[str]
     ) -> tuple[list[torch.Tensor], Int64s]:
         """Outputs of roles in the first forward, and the row of them that each member drew from."""
         if group.is_from_prompt:
@@ -296,9 +316,9 @@ class _Burst:
         guides = [logits[role] for role in GUIDES[guidance]]
         positions = self.first_position[members] + step
         drawn = guided_sample(logits["base"], *guides, positions=positions, **arguments)
-        self._record(step, members, drawn)
+        self.record(step, members, drawn)
 
-    def _record(self, step: int, members: Int64s, drawn: GuidedSample) -> None:
+    def record(self, step: int, members: Int64s, drawn: GuidedSample) -> None:
         result = self.result
         tokens = drawn.token_ids.numpy()
         result.tokens[step, members] = tokens

@@ -13,10 +13,10 @@ from torch import nn
 
 from ivg_fast import _C
 from ivg_fast.burst import BurstRunner
+from ivg_fast.devices import check_placed, checked_device, device_of, on_device
 from ivg_fast.errors import InvalidParameterError, IVGError, VocabularyMismatchError
-from ivg_fast.kv_budget import affordable_blocks
+from ivg_fast.kv_budget import allocate_pools
 from ivg_fast.loop import Ended, RequestLoop
-from ivg_fast.models import support
 from ivg_fast.models.checkpoints import check_checkpoints, check_pair
 from ivg_fast.models.loading import kwargs_of, load_model, load_tokenizer
 from ivg_fast.models.runner import ModelRunner
@@ -31,6 +31,7 @@ from ivg_fast.prompts import RequestFactory
 from ivg_fast.rendering import PromptInput, PromptRenderer, as_prompt_list, tokenizers_by_role
 from ivg_fast.request import ROLES
 from ivg_fast.scoring import ChunkScorer
+from ivg_fast.static_burst import StaticBursts
 from ivg_fast.templates import Template
 from ivg_fast.warmup import WARMUP_PROMPT, warm_up
 
@@ -41,7 +42,8 @@ class Engine:
     One thread owns an engine; `add_request` and `abort` alone may be called on others.
 
     Args:
-        base_model: the model that is steered, a decoder of transformers.
+        base_model: the model that is steered, a decoder of transformers; where it is, the CPU or a
+            GPU, the others must be.
         tokenizer: the base model's; None if prompts are token ids, and nothing needs text.
         tuned, untuned: the pair of the implicit value function; both or none. They share the base
             model's token ids.
@@ -91,6 +93,7 @@ class Engine:
             value = as_value_model(value)
         models = {"base": base_model, "tuned": tuned, "untuned": untuned, "value": value}
         self._runners: dict[str, ModelRunner] = {}
+        self._device = device_of(base_model)
         try:
             for role, model in models.items():
                 if model is None and role != "base":
@@ -99,9 +102,13 @@ class Engine:
                     raise InvalidParameterError(
                         role, model, "must be a torch module; Engine.from_pretrained takes paths"
                     )
-                support.check_on_cpu(model, role)
-                self._runners[role] = ModelRunner(model, role=role, can_compile=self.config.compile)
-            self._set_up()
+                check_placed(model, role, self._device)
+                with on_device(self._device):
+                    self._runners[role] = ModelRunner(
+                        model, role=role, can_compile=self.config.compile
+                    )
+            with on_device(self._device):
+                self._set_up()
         except BaseException:
             self._value = ExplicitValue()  # a ValueFunction stays as it was given
             self.close()
@@ -128,7 +135,7 @@ class Engine:
                 adapters of such.
             value: a value model (see `load_value_model`). Where its tokenizer is not the base's it
                 becomes a TextValueModel.
-            device: None: the CPU.
+            device: "cpu" (also for None) or "cuda", of all models.
             dtype: "auto": the checkpoint's; float16 becomes float32 on the CPU.
             templates: as for the constructor; each role has the tokenizer beside its weights.
             model_kwargs: more arguments for loading the language models (see `load_model`). Under
@@ -139,8 +146,7 @@ class Engine:
             As the constructor; OSError or InvalidParameterError where a checkpoint cannot be read.
             Whether all of them are there is checked before the first one is loaded.
         """
-        if torch.device(device or "cpu").type != "cpu":
-            raise InvalidParameterError("device", str(device), "must be the CPU")
+        device = checked_device(device)
         paths = dict(zip(ROLES, (base, tuned, untuned, value), strict=True))
         check_checkpoints(paths, model_kwargs)
         tokenizer = load_tokenizer(base, kwargs_of("base", model_kwargs))
@@ -200,17 +206,7 @@ class Engine:
             )
         eos_id = eos if eos is not None else next(iter(eos_ids), None)
         runners = list(self._runners.values())
-        of_texts = self._value.function
-        others = []
-        if isinstance(of_texts, TextValueModel) and of_texts.num_blocks is None:
-            others = [of_texts]
-        num_blocks = self.config.num_blocks or affordable_blocks(
-            runners, self.config, [text.runner for text in others]
-        )
-        for runner in runners:
-            runner.allocate(num_blocks)
-        for text in others:
-            text.allocate(num_blocks)
+        num_blocks = allocate_pools(runners, self.config, self._value.function)
         self._scheduler = _C.Scheduler(
             num_blocks=num_blocks,
             num_roles=len(ROLES),
@@ -223,7 +219,12 @@ class Engine:
         pools = [pool for runner in runners for pool in runner.pools]
         token_scorer = TokenScorer(self._runners, self.vocab_size)
         burst = BurstRunner(
-            self._runners, self.vocab_size, BlockCopier(pools).copy, token_scorer, self.tokenizer
+            self._runners,
+            self.vocab_size,
+            BlockCopier(pools).copy,
+            token_scorer,
+            self.tokenizer,
+            self._static_bursts(token_scorer),
         )
         scorer = partial(ChunkScorer, self._runners, token_scorer, eos_id, self.tokenizer)
         self._loop = RequestLoop(self._scheduler, burst, scorer, self.tokenizer, self.config)
@@ -236,6 +237,18 @@ class Engine:
             eos_ids,
             eos_id,
             self._value,
+        )
+
+    def _static_bursts(self, token_scorer: TokenScorer) -> StaticBursts | None:
+        """What runs bursts without the host, None where it looks at every step."""
+        if self._device.type == "cpu":
+            return None
+        return StaticBursts(
+            self._runners,
+            self.vocab_size,
+            token_scorer,
+            max_steps=self.config.max_burst_steps,
+            can_capture=self.config.cuda_graphs,
         )
 
     # --- requests --------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from ivg_fast.batches import Int64s, first_batch
-from ivg_fast.models.batch import ForwardBatch
+from ivg_fast.models.batch import ForwardBatch, StepBatch
 from ivg_fast.models.runner import ModelRunner
+from ivg_fast.ops.packed import upload
 from ivg_fast.request import ROLE_BIT, LiveRequest
+from ivg_fast.static_forward import StaticForwards
 
 # By role, which rows of the plan there are outputs for, ascending, and the outputs: logits, of the
 # value role hidden states. "trunk" stands for those of `tuned` where a vocabulary head reads them.
@@ -21,12 +24,21 @@ RoleRows = dict[str, tuple[Int64s, torch.Tensor]]
 
 
 def forward_trunk(
-    runners: Mapping[str, ModelRunner], batch: ForwardBatch
+    runners: Mapping[str, ModelRunner], batch: ForwardBatch | StepBatch
 ) -> dict[str, torch.Tensor]:
     """The tuned model's logits and what the value's head reads on the trunk that they share."""
     trunk = runners["value"].network
     logits, states = runners["tuned"].forward_with_states(batch, trunk)
     return {"tuned": logits, "trunk": states}
+
+
+def _forward_role(
+    runners: Mapping[str, ModelRunner], role: str, is_trunk: bool, batch: ForwardBatch | StepBatch
+) -> dict[str, torch.Tensor]:
+    """What the role gives for the batch, by name."""
+    if role == "value":
+        return {role: runners[role].hidden(batch)}
+    return forward_trunk(runners, batch) if is_trunk else {role: runners[role].forward(batch)}
 
 
 class FirstForward:
@@ -38,7 +50,7 @@ class FirstForward:
         requests: those of plan.request_ids, in order.
         prefill: those of plan.prefill_request_ids; their `prompt_outputs` are set where a prompt
             has been read to its end.
-
+        forwards: runs those without prompts; None: as any other.
     """
 
     def __init__(
@@ -47,8 +59,10 @@ class FirstForward:
         plan: Any,
         requests: Sequence[LiveRequest],
         prefill: Sequence[LiveRequest],
+        forwards: StaticForwards | None = None,
     ) -> None:
         self._runners = runners
+        self._forwards = forwards
         self._plan = plan
         self._requests = requests
         self._prefill = prefill
@@ -75,13 +89,18 @@ class FirstForward:
         }
         if not prompts and not len(rows):
             return
-        batch = first_batch(plan, self._requests, role, prompts, rows)
-        if role == "value":
-            outputs = {role: self._runners[role].hidden(batch)}
-        elif role == "tuned" and any(r.has_value_on_trunk for r in (*self._requests, *prefill)):
-            outputs = forward_trunk(self._runners, batch)
+        is_trunk = role == "tuned" and any(
+            r.has_value_on_trunk for r in (*self._requests, *prefill)
+        )
+
+        forward = partial(_forward_role, self._runners, role, is_trunk)
+        if self._forwards is not None and not prompts:
+            outputs = self._forwards.run(
+                role, forward, plan, self._requests, rows, is_trunk=is_trunk
+            )
         else:
-            outputs = {role: self._runners[role].forward(batch)}
+            device = self._runners[role].device
+            outputs = forward(first_batch(plan, self._requests, role, prompts, rows, device))
         read = [i for i, prompt in prompts.items() if len(prompt) <= ends[i]]
         for name, output in outputs.items():
             for i, row in zip(read, output, strict=False):
@@ -114,4 +133,4 @@ class FirstForward:
         if role in self._rows:
             logits = torch.cat([logits, self._rows[role][1]])
         # Where each row stands in that: the kept ones come first.
-        return logits[torch.from_numpy(np.argsort(np.argsort(~is_kept, kind="stable")))]
+        return logits[upload(np.argsort(np.argsort(~is_kept, kind="stable")), logits.device)]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ivg_fast.burst import BurstRunner
+from ivg_fast.devices import on_device
 from ivg_fast.draws import BurstResult
 from ivg_fast.models.text_value import TextValueModel
 from ivg_fast.models.values import call_scorer
@@ -324,6 +325,7 @@ class RequestLoop:
         try:
             self.is_busy = True
             with (
+                on_device(self._burst.runners["base"].device),
                 _torch_threads(self._num_threads),
                 torch.inference_mode(),
                 torch.profiler.record_function("ivg::step"),

@@ -58,7 +58,8 @@ class SearchStats:
         num_selections: boundaries at which candidates were ranked.
         num_blocks_copied: KV blocks copied by forks.
         peak_blocks: KV blocks held at once, at most.
-        num_host_syncs: times that the host waited for a device inside a burst; 0 on the CPU.
+        num_host_syncs: times that the host waited for a GPU inside the request's bursts, that is
+            between their first launch and the reading of what they drew; 0 on the CPU.
     """
 
     prefill_tokens: dict[str, int] = field(default_factory=dict)

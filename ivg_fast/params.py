@@ -284,7 +284,8 @@ class EngineConfig:
     Attributes:
         num_blocks: KV blocks of 16 tokens, the same ids for every role; None: as many as
             `kv_memory_fraction` allows, but no more than `max_num_rows` rows could fill.
-        kv_memory_fraction: share of the free memory that the pools of all roles may take.
+        kv_memory_fraction: share of the free memory (on a GPU: of what the weights leave free) that
+            the pools of all roles may take.
         max_num_rows: candidates that run at a time, over all requests.
         max_burst_steps: decode steps between two looks of the host at most. Results do not depend
             on it.
@@ -305,6 +306,8 @@ class EngineConfig:
         num_threads: CPU threads of a step, of models and kernels; None: torch.get_num_threads().
         compile: run the models through torch.compile: minutes at the start (`Engine.warmup` takes
             them beforehand), shorter steps after it.
+        cuda_graphs: on a GPU, replay decode steps as CUDA graphs, captured when their shape first
+            comes up; False: the host launches every operator of every step.
     """
 
     num_blocks: int | None = None
@@ -319,6 +322,7 @@ class EngineConfig:
     scorer_timeout_s: float | None = None
     num_threads: int | None = None
     compile: bool = False
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         check_integer("max_num_rows", self.max_num_rows, 1, _MAX_COUNT)
@@ -327,6 +331,7 @@ class EngineConfig:
         check_integer("max_prefill_tokens", self.max_prefill_tokens, 1, _MAX_COUNT)
         check_number("kv_memory_fraction", self.kv_memory_fraction, 0.0, 1.0, open_low=True)
         _flag("compile", self.compile)
+        _flag("cuda_graphs", self.cuda_graphs)
         if self.scorer_timeout_s is not None:
             check_number("scorer_timeout_s", self.scorer_timeout_s, 0.0, 1e6, open_low=True)
         minimums = {

@@ -249,6 +249,7 @@ class ChunkScorer:
         numbers = np.bincount(plan.row_request[rows], ends - starts, len(requests))
         outputs: list[torch.Tensor] = []
         for role in GUIDES[kind]:
+            runner = self._runners[role]
             batch = extension_batch(
                 plan,
                 requests,
@@ -258,8 +259,8 @@ class ChunkScorer:
                 ends,
                 plan.row_tokens if tokens is None else tokens,
                 last_only=last_only,
+                device=runner.device,
             )
-            runner = self._runners[role]
             if on_trunk:
                 tuned = self._runners["tuned"]
                 outputs += reversed(tuned.forward_with_states(batch, runner.network))

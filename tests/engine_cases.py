@@ -174,11 +174,17 @@ class Family:
         return NaiveModels(tokenizer=self.tokenizer(), **roles)
 
     def engine(
-        self, tokenizers: dict[str, Any] | None = None, templates: Any = None, **config: Any
+        self,
+        tokenizers: dict[str, Any] | None = None,
+        templates: Any = None,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        **config: Any,
     ) -> Engine:
         """`tokenizers` by role, the base's among them; by default one for all."""
         own = {"base": self.tokenizer(), **(tokenizers or {})}
-        roles: dict[str, Any] = self.roles()
+        roles: dict[str, Any] = {r: m.to(device, dtype) for r, m in self.roles().items()}
         if "text" in self.value:
             roles["value"] = TextValueModel(roles["value"], pair_tokenizer())
         options = {"num_blocks": 2000, "num_threads": 1, **config}
@@ -276,12 +282,35 @@ def with_stop_string(rng: random.Random, case: Case, models: NaiveModels) -> Cas
     return replace(case, params=replace(case.params, stop=(stop,)))
 
 
-def random_cases(rng: random.Random, family: Family, models: NaiveModels) -> list[Case]:
-    """One case a cell of the grid, in random order; a third of them with a stop string."""
-    cases = [random_case(rng, family, *cell) for cell in CELLS]
-    cases = [with_stop_string(rng, c, models) if rng.random() < 0.34 else c for c in cases]
+def random_cases(
+    rng: random.Random,
+    family: Family,
+    models: NaiveModels,
+    *,
+    cells: Sequence[tuple[str, str]] = CELLS,
+    chunk_lengths: Sequence[int | None] | None = None,
+    has_stops: bool = True,
+) -> list[Case]:
+    """One case a cell of the grid, in random order; a third of them with a stop string.
+
+    `chunk_lengths` to choose from: with chunks of one token among them every burst is one step.
+    """
+    cases = []
+    for cell in cells:
+        fixed = {} if chunk_lengths is None else {"chunk_length": rng.choice(chunk_lengths)}
+        cases.append(random_case(rng, family, *cell, **fixed))
+    if has_stops:
+        cases = [with_stop_string(rng, c, models) if rng.random() < 0.34 else c for c in cases]
     rng.shuffle(cases)
     return cases
+
+
+def cells_of(value: str) -> dict[str, Any]:
+    """Arguments of random_cases for bursts of several steps, and a kind of value: the cells that an
+    engine with it serves, less those that a vocabulary head covers."""
+    cells = [c for c in CELLS if c[0] != "explicit" or value in ("vocabulary", "trunk")]
+    texts = "text" in value  # a stop string is found by solving the case, which texts make slow
+    return {"cells": cells, "chunk_lengths": (None, 3, 4), "has_stops": not texts}
 
 
 def run_engine(engine: Engine, cases: Sequence[Case]) -> list[RequestOutput]:

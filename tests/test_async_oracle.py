@@ -16,7 +16,7 @@ from engine_cases import Case, Family, compare, fresh_seed, random_cases, text_s
 from naive_search import NaiveResult
 
 from ivg_fast import AsyncEngine, Engine, RequestOutput, SearchParams
-from ivg_fast.burst import _Burst
+from ivg_fast.burst import Burst
 
 SEED = fresh_seed()
 FAMILY = Family("llama", seed=SEED, eos_token_id=7)
@@ -128,7 +128,7 @@ def _run_beside_aborted(engine: Engine, rng: random.Random) -> list[RequestOutpu
 @pytest.mark.parametrize("bug", ["", "slot", "batch"])
 def test_beside_requests_that_are_aborted(monkeypatch, bug: str) -> None:
     """The controls: random numbers by the row in the batch, or by what else is in it."""
-    real = _Burst._sampling
+    real = Burst._sampling
 
     def planted(self, members):
         arguments = real(self, members)
@@ -137,7 +137,7 @@ def test_beside_requests_that_are_aborted(monkeypatch, bug: str) -> None:
         return arguments
 
     if bug:
-        monkeypatch.setattr(_Burst, "_sampling", planted)
+        monkeypatch.setattr(Burst, "_sampling", planted)
     rng = random.Random(f"{SEED} aborted")
     cases, results = solved()
     outputs = _run_beside_aborted(FAMILY.engine(max_burst_steps=4, max_num_rows=20), rng)

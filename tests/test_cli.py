@@ -94,6 +94,7 @@ def test_prompts_from_stdin_as_text(folders, capsys, monkeypatch) -> None:
         (["--max-tokens", "3", "--prompt", "x", "--method", "eft"], EXIT_USAGE, "needs tuned"),
         (["--max-tokens", "300", "--prompt", "x"], EXIT_FAILED, "positions of base"),
         (["--max-tokens", "3", "--file", "absent.txt"], EXIT_USAGE, "absent.txt"),
+        (["--max-tokens", "3", "--prompt", "x", "--device", "tpu"], EXIT_USAGE, "device must be"),
     ],
 )
 def test_refusals(folders, capsys, options, code, message) -> None:

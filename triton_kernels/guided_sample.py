@@ -13,13 +13,13 @@ threshold to the blocks' sums, so that `_draw` need not know how it came about.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from ivg_fast.ops.step_state import StepState
 from ivg_fast.triton_kernels import guided_sample_jit as jit
 from ivg_fast.triton_kernels import sample_filter_jit as filter_jit
 
@@ -27,32 +27,6 @@ BLOCK = 2048  # vocabulary entries a program reads
 DIGIT_BITS = 4
 NUM_PIVOTS = 16
 NUM_PASSES = 8
-
-
-@dataclass(frozen=True, slots=True)
-class StepState:
-    """Device buffers of a decode step that the draw advances in place, so that a graph can replay.
-
-    For each sample b with slot_mapping[b] >= 0 (the others are pad rows and stay as they are):
-    input_ids[b] becomes the token, positions[b] and every model_positions[r, b] grow by one, and
-    slot_mapping[b] becomes the slot of the new response position. A sample without a valid token
-    becomes a pad row: input id 0, slot -1.
-
-    Attributes:
-        input_ids: int64[B].
-        positions: int32[B], the response index; the tensor that is passed as `positions`, too.
-        model_positions: int32[num_roles, B].
-        slot_mapping: int32[B].
-        block_table: int32[B, W].
-        prompt_blocks: int32[B], the leading table entries that hold the prompt.
-    """
-
-    input_ids: Tensor
-    positions: Tensor
-    model_positions: Tensor
-    slot_mapping: Tensor
-    block_table: Tensor
-    prompt_blocks: Tensor
 
 
 def _parameter(values: Any, dtype: torch.dtype, device: torch.device) -> tuple[Any, bool]:
@@ -87,8 +61,8 @@ def guided_sample(
     (and return at once where a sample does not want them). No call waits for the device.
 
     Args:
-        step_state: what to advance for the next decode step; needs logit_rows=None and int32
-            `positions` that are step_state.positions.
+        step_state: what to advance for the next decode step, a row a sample; its positions are
+            passed as `positions` too.
 
     Returns:
         The fields of GuidedSample, in order.
@@ -179,21 +153,24 @@ def guided_sample(
         )
 
     if step_state is None:
-        state = (outputs[0],) * 5
-        table_width = num_roles = -1
+        state = (*(outputs[0],) * 9, 0, 0, 0, 0)
+        num_roles, num_stops = -1, 0
     else:
+        s = step_state
         state = (
-            *(step_state.input_ids, step_state.model_positions, step_state.slot_mapping),
-            *(step_state.block_table, step_state.prompt_blocks),
+            *(s.input_ids, s.model_positions, s.slot_mapping, s.block_table, s.prompt_blocks),
+            *(s.first_positions, s.limits, s.stop_ids, s.records),
+            *(s.block_table.stride(0), s.model_positions.stride(0)),
+            *(s.records.stride(0), s.records.stride(1)),
         )
-        table_width = step_state.block_table.stride(0)
-        num_roles = step_state.model_positions.shape[0]
+        num_roles, num_stops = len(s.model_positions), s.stop_ids.shape[1]
     jit._draw[(num_samples,)](
         *(*source, thresholds, seeds, candidate_ids, *outputs, *state),
-        *(vocab_size, num_samples, num_blocks, table_width),
+        *(vocab_size, num_samples, num_blocks),
         **flags,
         HAS_THRESHOLDS=has_thresholds,
         NUM_ROLES=num_roles,
+        NUM_STOPS=num_stops,
         PADDED_BLOCKS=padded,
     )
     return outputs

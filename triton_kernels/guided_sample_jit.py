@@ -154,22 +154,41 @@ def _pick(cumulative, mass, target, indices, end):
 
 
 @triton.jit
+def _bits(x):
+    return x.to(tl.float32).to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def _advance_step(
-    i, token, is_valid, position, input_ids, positions, model_positions, slot_mapping, block_table,
-    prompt_blocks, num_samples, table_width, NUM_ROLES: tl.constexpr,
+    i, token, is_valid, log_p, log_base, reward, raw, position, input_ids, positions,
+    model_positions, slot_mapping, block_table, prompt_blocks, first_positions, limits, stop_ids,
+    records, table_width, role_stride, plane_stride, step_stride,
+    NUM_ROLES: tl.constexpr, NUM_STOPS: tl.constexpr,
 ):  # fmt: skip
-    slot = tl.load(slot_mapping + i)
-    if slot >= 0:
-        tl.store(input_ids + i, tl.where(is_valid, token, 0))
-        position = position + 1
-        tl.store(positions + i, position)
-        for role in tl.static_range(NUM_ROLES):
-            at = model_positions + role * num_samples + i
-            tl.store(at, tl.load(at) + 1)
-        entry = tl.load(prompt_blocks + i) + position // SLOTS_PER_BLOCK
-        block = tl.load(block_table + i.to(tl.int64) * table_width + entry)
-        slot = block * SLOTS_PER_BLOCK + position % SLOTS_PER_BLOCK
-        tl.store(slot_mapping + i, tl.where(is_valid, slot, -1))
+    """StepState.advance of row i."""
+    if tl.load(slot_mapping + i) >= 0:
+        step = position - tl.load(first_positions + i)
+        record = records + step.to(tl.int64) * step_stride + i
+        tl.store(record, token.to(tl.int32))
+        tl.store(record + plane_stride, _bits(log_p))
+        tl.store(record + 2 * plane_stride, _bits(log_base))
+        tl.store(record + 3 * plane_stride, _bits(reward))
+        tl.store(record + 4 * plane_stride, _bits(raw))
+        tl.store(record + 5 * plane_stride, is_valid.to(tl.int32))
+        goes_on = is_valid & (step + 1 < tl.load(limits + i))
+        for m in tl.static_range(NUM_STOPS):
+            goes_on = goes_on & (token != tl.load(stop_ids + i * NUM_STOPS + m))
+        slot = position * 0 - 1
+        if goes_on:
+            tl.store(input_ids + i, token)
+            tl.store(positions + i, position + 1)
+            for role in tl.static_range(NUM_ROLES):
+                at = model_positions + role * role_stride + i
+                tl.store(at, tl.load(at) + 1)
+            column = tl.load(prompt_blocks + i) + position // SLOTS_PER_BLOCK
+            block = tl.load(block_table + i.to(tl.int64) * table_width + column)
+            slot = block * SLOTS_PER_BLOCK + position % SLOTS_PER_BLOCK
+        tl.store(slot_mapping + i, slot)
 
 
 @triton.jit
@@ -179,11 +198,13 @@ def _draw(
     thresholds, seeds, candidate_ids,
     token_ids, logprob, base_logprob, implicit_reward, value, valid,
     input_ids, model_positions, slot_mapping, block_table, prompt_blocks,
-    vocab_size, num_samples, num_blocks, table_width,
+    first_positions, limits, stop_ids, records,
+    table_width, role_stride, plane_stride, step_stride,
+    vocab_size, num_samples, num_blocks,
     HAS_ROWS: tl.constexpr, HAS_TUNED: tl.constexpr, HAS_UNTUNED: tl.constexpr,
     NUM_BANNED: tl.constexpr, HAS_UNTIL: tl.constexpr, WEIGHT_TENSOR: tl.constexpr,
     TEMPERATURE_TENSOR: tl.constexpr, HAS_THRESHOLDS: tl.constexpr, NUM_ROLES: tl.constexpr,
-    BLOCK: tl.constexpr, PADDED_BLOCKS: tl.constexpr,
+    NUM_STOPS: tl.constexpr, BLOCK: tl.constexpr, PADDED_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Draw sample i. NUM_ROLES < 0: no StepState."""
     i = tl.program_id(0)
@@ -244,14 +265,20 @@ def _draw(
         reward = raw - log_sums
     nan = float("nan")
     token = tl.where(is_valid, (block * BLOCK + chosen).to(tl.int64), -1)
+    log_p = tl.where(is_valid, log_p, nan)
+    log_base = tl.where(is_valid, log_base, nan)
+    reward = tl.where(is_valid, reward, nan)
+    raw = tl.where(is_valid, raw, nan)
     tl.store(token_ids + i, token)
-    tl.store(logprob + i, tl.where(is_valid, log_p, nan).to(tl.float32))
-    tl.store(base_logprob + i, tl.where(is_valid, log_base, nan).to(tl.float32))
-    tl.store(implicit_reward + i, tl.where(is_valid, reward, nan).to(tl.float32))
-    tl.store(value + i, tl.where(is_valid, raw, nan).to(tl.float32))
+    tl.store(logprob + i, log_p.to(tl.float32))
+    tl.store(base_logprob + i, log_base.to(tl.float32))
+    tl.store(implicit_reward + i, reward.to(tl.float32))
+    tl.store(value + i, raw.to(tl.float32))
     tl.store(valid + i, is_valid)
     if NUM_ROLES >= 0:
         _advance_step(
-            i, token, is_valid, position, input_ids, positions, model_positions, slot_mapping,
-            block_table, prompt_blocks, num_samples, table_width, NUM_ROLES,
+            i, token, is_valid, log_p, log_base, reward, raw, position, input_ids, positions,
+            model_positions, slot_mapping, block_table, prompt_blocks, first_positions, limits,
+            stop_ids, records, table_width, role_stride, plane_stride, step_stride,
+            NUM_ROLES, NUM_STOPS,
         )  # fmt: skip

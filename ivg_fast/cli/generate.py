@@ -69,6 +69,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_models(parser)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, of all models (default cpu)")
     prompts = parser.add_argument_group("prompts (default: standard input)")
     prompts.add_argument("--prompt", action="append", help="a prompt; may be repeated")
     add_source(prompts, "the prompts", "one prompt a line")
@@ -88,7 +89,11 @@ def run(arguments: argparse.Namespace) -> bool:
     prompts, seeds = _prompts(arguments, params)
     check_models(models, [("guidance", params.guidance), ("scorer", params.scorer)])
     with Engine.from_pretrained(
-        **models, dtype=arguments.dtype, templates=asked.templates or None, config=config
+        **models,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        templates=asked.templates or None,
+        config=config,
     ) as engine:
         every = _within(asked.settings, engine, asked.templates, prompts, params)
         lines = Lines(prompts, arguments.format)

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from ivg_fast.errors import UnsupportedModelError
-from ivg_fast.models.batch import ForwardBatch
+from ivg_fast.models.batch import ForwardBatch, StepBatch
 from ivg_fast.ops.kv_cache import write_key_value
-from ivg_fast.ops.paged_attention import AttentionMetadata, paged_attention_prepared
+from ivg_fast.ops.paged_attention import paged_attention_prepared
 
 ATTENTION_NAME = "ivg_paged"
 
@@ -166,8 +166,10 @@ AttentionInterface.register(ATTENTION_NAME, _attention_forward)
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What one layer keeps of a token: num_kv_heads keys of key_dim and values of value_dim."""
+    """What one layer keeps of a token, num_kv_heads keys of key_dim and values of value_dim; its
+    queries are of num_heads."""
 
+    num_heads: int
     num_kv_heads: int
     key_dim: int
     value_dim: int
@@ -190,18 +192,13 @@ class LayerCache:
 class PagedContext:
     """Attention of one packed batch over the pools of one runner."""
 
-    __slots__ = ("layers", "metadata", "slot_mapping")
+    __slots__ = ("backend", "layers", "rows", "slot_mapping")
 
-    def __init__(self, layers: list[LayerCache], batch: ForwardBatch) -> None:
+    def __init__(self, layers: list[LayerCache], batch: ForwardBatch | StepBatch) -> None:
         self.layers = layers
         self.slot_mapping = batch.slot_mapping
-        self.metadata = AttentionMetadata.build(
-            block_table=batch.block_table,
-            query_start_loc=batch.query_start_loc,
-            prompt_lens=batch.prompt_lens,
-            response_lens=batch.response_lens,
-            response_block_start=batch.response_block_start,
-        )
+        self.backend: Any = batch.backend
+        self.rows = batch.attention_rows()
 
     def attend(
         self,
@@ -245,16 +242,20 @@ class PagedContext:
         """The same of query [T, Hq, D], key [T, Hkv, D], value [T, Hkv, Dv] -> [T, Hq, Dv]."""
         layer = self.layers[layer_idx]
         window = layer.sliding_window if sliding_window is _ABSENT else sliding_window
-        write_key_value(key, value, layer.key_pool, layer.value_pool, self.slot_mapping)
+        write_key_value(
+            *(key, value, layer.key_pool, layer.value_pool, self.slot_mapping),
+            backend=self.backend,
+        )
         return paged_attention_prepared(
             query,
             layer.key_pool,
             layer.value_pool,
-            self.metadata,
+            self.rows,
             scale=scale,
             sliding_window=window,
             soft_cap=soft_cap,
             sinks=sinks,
+            backend=self.backend,
         )
 
 
@@ -297,6 +298,7 @@ class ProbeContext:
                     f"{type(module).__name__} attends with {name}, which the paged cache cannot do"
                 )
         self.layer_shapes[index] = LayerShape(
+            num_heads=query.shape[1],
             num_kv_heads=key.shape[1],
             key_dim=key.shape[3],
             value_dim=value.shape[3],

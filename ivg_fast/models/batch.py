@@ -10,7 +10,50 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from ivg_fast.ops._backend import choose_backend
+from ivg_fast.ops.packed import upload
+from ivg_fast.ops.paged_attention import AttentionMetadata, PagedPlan
+
 BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One token of each of B rows, in device buffers that stay where they are: nothing here is read
+    by the host, so that a forward of it can be captured in a graph.
+
+        input_ids     i64 [1, B]
+        position_ids  i64 [1, B]
+        slot_mapping  i32 [B]      as of ForwardBatch
+        plan          the rows as attention knows them
+        backend       of the ops
+
+    The outputs of all rows are wanted.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    slot_mapping: torch.Tensor
+    plan: PagedPlan
+    backend: str = "auto"
+
+    @property
+    def logit_positions(self) -> None:
+        """Every row."""
+        return None
+
+    def attention_rows(self) -> AttentionMetadata | PagedPlan:
+        """The plan where Triton attends; else its rows as they are now, on the CPU."""
+        if choose_backend(self.backend, self.slot_mapping) == "triton":
+            return self.plan
+        plan = self.plan
+        return AttentionMetadata.build(
+            block_table=plan.block_table,
+            query_start_loc=plan.query_start_loc,
+            prompt_lens=plan.prompt_lens,
+            response_lens=plan.response_lens,
+            response_block_start=plan.response_block_start,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +87,21 @@ class ForwardBatch:
     block_table: torch.Tensor
     logit_positions: torch.Tensor
 
+    @property
+    def backend(self) -> str:
+        """Of the ops."""
+        return "auto"
+
+    def attention_rows(self) -> AttentionMetadata:
+        """The rows as attention takes them, checked."""
+        return AttentionMetadata.build(
+            block_table=self.block_table,
+            query_start_loc=self.query_start_loc,
+            prompt_lens=self.prompt_lens,
+            response_lens=self.response_lens,
+            response_block_start=self.response_block_start,
+        )
+
     @classmethod
     def from_host(
         cls,
@@ -59,7 +117,7 @@ class ForwardBatch:
         logit_positions: ArrayLike,
         device: torch.device | str = "cpu",
     ) -> ForwardBatch:
-        """Makes a batch from NumPy arrays or lists.
+        """Makes a batch from NumPy arrays or lists, without waiting for the device.
 
         On the CPU an array of the right dtype and layout is shared, not copied: it must not
         change while the batch is in use.
@@ -68,16 +126,19 @@ class ForwardBatch:
         def tensor(values: ArrayLike, dtype: type[np.generic]) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(values, dtype=dtype))
 
+        def on_device(values: ArrayLike, dtype: type[np.generic]) -> torch.Tensor:
+            return upload(np.asarray(values, dtype=dtype), device)
+
         return cls(
-            input_ids=tensor(input_ids, np.int64).view(1, -1).to(device),
-            position_ids=tensor(position_ids, np.int64).view(1, -1).to(device),
-            slot_mapping=tensor(slot_mapping, np.int32).to(device),
+            input_ids=on_device(input_ids, np.int64).view(1, -1),
+            position_ids=on_device(position_ids, np.int64).view(1, -1),
+            slot_mapping=on_device(slot_mapping, np.int32),
             query_start_loc=tensor(query_start_loc, np.int32),
             prompt_lens=tensor(prompt_lens, np.int32),
             response_lens=tensor(response_lens, np.int32),
             response_block_start=tensor(response_block_start, np.int32),
             block_table=tensor(block_table, np.int32),
-            logit_positions=tensor(logit_positions, np.int64).to(device),
+            logit_positions=on_device(logit_positions, np.int64),
         )
 
     @classmethod

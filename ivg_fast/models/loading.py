@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ivg_fast.devices import check_weights_fit
 from ivg_fast.errors import InvalidParameterError
 
 logger = logging.getLogger("ivg_fast")
@@ -57,6 +58,7 @@ def load_model(
             may not be set; or weights are missing from the checkpoint (which transformers would
             fill with random numbers).
         OSError: no such checkpoint, or one without safetensors.
+        CapacityError: no room for the weights on a GPU.
     """
     dtype = checked_dtype(dtype)
     options = checked_kwargs(model_kwargs)
@@ -174,6 +176,8 @@ def place(
         logger.info("%s is stored in float16 and runs in float32 on the CPU", name)
         _convert(model, torch.float32)
     if not getattr(model, "is_quantized", False):  # those stay where they were loaded
+        if target.type == "cuda":
+            check_weights_fit(model, name, target)
         model.to(target)
     return model.eval().requires_grad_(False)
 

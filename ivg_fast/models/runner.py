@@ -19,7 +19,7 @@ from ivg_fast.models.attention import (
     ProbeContext,
     attention_context,
 )
-from ivg_fast.models.batch import BLOCK_SIZE, ForwardBatch
+from ivg_fast.models.batch import BLOCK_SIZE, ForwardBatch, StepBatch
 from ivg_fast.models.compiled import compiled_forward
 from ivg_fast.models.fast_modules import FastModules
 from ivg_fast.models.selftest import check_model
@@ -122,6 +122,18 @@ class ModelRunner:
         """Every pool, K then V of each layer; the block id is the first dimension of each."""
         return [pool for layer in self._layers for pool in (layer.key_pool, layer.value_pool)]
 
+    @property
+    def tile_tokens(self) -> int:
+        """The most queries in a tile of attention's Triton kernels that suits every layer."""
+        from ivg_fast.triton_kernels.paged_attention import Tiles
+
+        return min(
+            Tiles(
+                s.num_heads // s.num_kv_heads, s.key_dim, s.value_dim, s.dtype.itemsize
+            ).tile_tokens
+            for s in self._shapes
+        )
+
     def allocate(self, num_blocks: int) -> None:
         """Makes new pools of `num_blocks` blocks; what the old ones held is gone. Nothing to do for
         one that shares another's."""
@@ -147,7 +159,7 @@ class ModelRunner:
         return torch.empty(size, dtype=shape.dtype, device=self.device)
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch | StepBatch) -> torch.Tensor:
         """Runs the batch and writes its keys and values; the wanted logits [N, logits_width].
 
         `logits_width` is at least `vocab_size`; the dtype is the model's. For a ValueModel a row is
@@ -157,20 +169,22 @@ class ModelRunner:
             return self._head(self.hidden(batch))
         with attention_context(PagedContext(self._caches, batch)):
             if self._can_keep:
-                return self._call(batch, logits_to_keep=batch.logit_positions).logits[0]
-            return self._call(batch).logits[0].index_select(0, batch.logit_positions)
+                wanted = batch.logit_positions
+                keep = 0 if wanted is None else wanted  # 0: all
+                return self._call(batch, logits_to_keep=keep).logits[0]
+            return _wanted(self._call(batch).logits[0], batch)
 
     @torch.inference_mode()
-    def hidden(self, batch: ForwardBatch) -> torch.Tensor:
+    def hidden(self, batch: ForwardBatch | StepBatch) -> torch.Tensor:
         """Like `forward`, but the hidden states [N, H] before the head of a ValueModel."""
         _ = self.score_head
         with attention_context(PagedContext(self._caches, batch)):
             states = self._call(batch).last_hidden_state[0]
-        return states.index_select(0, batch.logit_positions)
+        return _wanted(states, batch)
 
     @torch.inference_mode()
     def forward_with_states(
-        self, batch: ForwardBatch, trunk: torch.nn.Module
+        self, batch: ForwardBatch | StepBatch, trunk: torch.nn.Module
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward`, and the hidden states [N, H] that its submodule `trunk` gave on the way."""
         states: list[torch.Tensor] = []
@@ -179,7 +193,7 @@ class ModelRunner:
             logits = self.forward(batch)
         finally:
             hook.remove()
-        return logits, states[0].index_select(0, batch.logit_positions)
+        return logits, _wanted(states[0], batch)
 
     def shares_trunk_with(self, other: ModelRunner) -> bool:
         """Whether the backbone of this ValueModel is a part of the other's model."""
@@ -222,7 +236,7 @@ class ModelRunner:
     def _caches(self) -> list[LayerCache]:
         return self._layers if self._owner is None else self._owner._layers
 
-    def _call(self, batch: ForwardBatch, **kwargs: Any) -> Any:
+    def _call(self, batch: ForwardBatch | StepBatch, **kwargs: Any) -> Any:
         if self.config._attn_implementation != ATTENTION_NAME:  # one that shares it has closed
             self.use_attention(ATTENTION_NAME)
         run = self._compiled or self.network
@@ -261,6 +275,12 @@ class ModelRunner:
             )
         width = output.logits.shape[-1] if self._head is None else self._head.out_features
         return [shapes[i] for i in range(num_layers)], width
+
+
+def _wanted(outputs: torch.Tensor, batch: ForwardBatch | StepBatch) -> torch.Tensor:
+    """The rows of `outputs` [T, ...] that the batch asks for."""
+    wanted = batch.logit_positions
+    return outputs if wanted is None else outputs.index_select(0, wanted)
 
 
 def _network_of(model: torch.nn.Module, role: str) -> Any:

@@ -97,8 +97,9 @@ def _deviation(runner: ModelRunner) -> float:
                 for row, begin, logits in pieces
             ]
         )
-        error = errors.max() if is_exact else errors.median()
-        worst = float(torch.maximum(torch.as_tensor(worst), error / spread))  # keeps a NaN
+        error = float((errors.max() if is_exact else errors.median()) / spread)
+        worst = float(np.maximum(worst, error))  # keeps a NaN
+
     return worst
 
 

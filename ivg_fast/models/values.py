@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ivg_fast.errors import ScorerError
 from ivg_fast.models.runner import ModelRunner
+from ivg_fast.ops.packed import upload
 from ivg_fast.ops.token_logprobs import pair_token_logprobs
 from ivg_fast.params import ScoreInput, Scorer
 
@@ -92,15 +93,28 @@ class TokenScorer:
         Returns:
             float64 [N].
         """
-        index = torch.from_numpy(rows.astype(np.int64))
-        ids = torch.from_numpy(tokens.astype(np.int64))
+        device = outputs[0].device
+        index = upload(rows.astype(np.int64), device)
+        ids = upload(tokens.astype(np.int64), device)
+        return self.measure(kind, outputs, index, ids).double().cpu().numpy()
+
+    def measure(
+        self,
+        kind: str,
+        outputs: Sequence[torch.Tensor],
+        rows: torch.Tensor | None,
+        tokens: torch.Tensor,
+    ) -> torch.Tensor:
+        """`scores` of int64 tensors on the outputs' device, which is not waited for: float32 [N].
+
+        `rows` None: one token a row of the outputs.
+        """
         if kind == "implicit":
             tuned, untuned = (logits[:, : self._vocab_size] for logits in outputs)
-            measured = pair_token_logprobs(tuned, untuned, ids, index)
-        else:
-            assert self._head is not None
-            measured = (outputs[0][index].float() * self._head.weight[ids].float()).sum(-1)
-        return measured.double().numpy()
+            return pair_token_logprobs(tuned, untuned, tokens, rows)
+        assert self._head is not None
+        states = outputs[0] if rows is None else outputs[0][rows]
+        return (states.float() * self._head.weight[tokens].float()).sum(-1)
 
     @torch.inference_mode()
     def scalars(self, states: torch.Tensor) -> NDArray[np.float64]:
@@ -109,7 +123,7 @@ class TokenScorer:
         values = states.float() @ self._head.weight[0].float()
         if self._head.bias is not None:
             values = values + self._head.bias.float()
-        return values.double().numpy()
+        return values.double().cpu().numpy()
 
 
 def call_scorer(scorer: Scorer, inputs: list[ScoreInput]) -> NDArray[np.float64]:

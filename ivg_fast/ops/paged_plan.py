@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ivg_fast import _C
 from ivg_fast.errors import InvalidParameterError
+from ivg_fast.ops.packed import PackedArrays
 
 Ints = NDArray[np.int32]
 
@@ -80,6 +81,8 @@ class PagedPlan:
         num_items: room for items, which is also what every launch looks at; None: enough for any
             rows that fit.
         num_partials: room for partial results, likewise.
+        response_lens: int32 [B] on the device that takes the place of the plan's own; whoever gives
+            it fills it in.
 
     Attributes:
         block_table, query_start_loc, prompt_lens, response_block_start: int32 on the device, as
@@ -101,6 +104,7 @@ class PagedPlan:
         options: WorkListOptions | None = None,
         num_items: int | None = None,
         num_partials: int | None = None,
+        response_lens: Tensor | None = None,
     ) -> None:
         self.options = options or WorkListOptions()
         self.num_rows, self.num_tokens, self.table_width = num_rows, num_tokens, table_width
@@ -123,18 +127,14 @@ class PagedPlan:
             "response_block_start": (num_rows,),
             "block_table": (num_rows, table_width),
         }
-        # One buffer, one copy. Each array begins at 16 bytes, or Triton would compile the kernels
-        # once for every way in which they may not.
-        self._parts: dict[str, tuple[slice, tuple[int, ...]]] = {}
-        end = 0
-        for name, shape in shapes.items():
-            size = int(np.prod(shape))
-            self._parts[name] = slice(end, end + size), shape
-            end += -(-size // 4) * 4
-        self._buffer = torch.zeros(end, dtype=torch.int32, device=device)
-        views = (self._buffer[part].view(shape) for part, shape in self._parts.values())
+        self._packed = PackedArrays(
+            device, {name: (shape, torch.int32) for name, shape in shapes.items()}
+        )
+        views = self._packed.views.values()
         self.items, self.token_rows, self.partial_starts, self.query_start_loc, *rows = views
         self.prompt_lens, self.response_lens, self.response_block_start, self.block_table = rows
+        if response_lens is not None:
+            self.response_lens = response_lens
 
     @classmethod
     def of_batch(
@@ -168,7 +168,7 @@ class PagedPlan:
             num_partials=num_partials,
         )
         plan.max_block_id = batch.max_block_id
-        plan._upload({**rows, **lists})
+        plan._packed.fill({**rows, **lists})
         return plan
 
     def update(
@@ -220,15 +220,7 @@ class PagedPlan:
                 raise InvalidParameterError(name, getattr(self, name), f"must be at least {needed}")
         rows["response_lens"] = np.pad(response_lens, (0, missing))
         self.max_block_id = batch.max_block_id
-        self._upload({**rows, **lists})
-
-    def _upload(self, arrays: dict[str, Ints]) -> None:
-        # Pinned memory comes from torch's cache, which waits until a copy is done with it.
-        host = torch.zeros(len(self._buffer), dtype=torch.int32, pin_memory=self._buffer.is_cuda)
-        for name, (part, _) in self._parts.items():
-            values = arrays[name].reshape(-1)
-            host[part][: len(values)] = torch.from_numpy(values)
-        self._buffer.copy_(host, non_blocking=True)
+        self._packed.fill({**rows, **lists})
 
 
 def make_batch(table: Any, *others: Any) -> Any:

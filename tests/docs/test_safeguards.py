@@ -90,6 +90,7 @@ def test_every_error_is_in_the_catalogue() -> None:
         {"num_threads": 0},
         {"num_threads": True},
         {"compile": 1},
+        {"cuda_graphs": 0},
     ],
 )
 def test_bad_engine_config(fields: dict) -> None:

@@ -18,6 +18,7 @@ from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.selftest import check_model
 from ivg_fast.models.support import max_position
 from ivg_fast.models.value_head import ValueHeadModel, as_value_model
+from ivg_fast.ops.paged_attention import AttentionMetadata
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -86,13 +87,13 @@ def test_catches_a_wrong_position() -> None:
 
 def test_catches_a_read_of_the_hole(monkeypatch) -> None:
     """Response keys looked for right after the prompt's blocks."""
-    honest = attention.AttentionMetadata.build
+    honest = AttentionMetadata.build
 
     def planted(**rows: torch.Tensor):
         rows["response_block_start"] = (rows["prompt_lens"] + 15) // 16
         return honest(**rows)
 
-    monkeypatch.setattr(attention.AttentionMetadata, "build", planted)
+    monkeypatch.setattr(AttentionMetadata, "build", planted)
     with pytest.raises(UnsupportedModelError, match="computes other logits"):
         ModelRunner(tiny_model("llama"), role="base")
 

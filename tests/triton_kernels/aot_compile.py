@@ -36,8 +36,10 @@ TYPES = {
     **dict.fromkeys(["logits_stride", "minus_stride"], "i64"),
     **dict.fromkeys(["rows", "banned_ids", "banned_until", "seeds", "candidate_ids"], I64),
     **dict.fromkeys(["token_ids", "input_ids"], I64),
-    **dict.fromkeys(["positions", "model_positions", "slot_mapping", "block_table"], I32),
-    **dict.fromkeys(["prompt_blocks", "bounds", "top_k"], I32),
+    **dict.fromkeys(["positions", "slot_mapping", "block_table", "first_positions"], I32),
+    **dict.fromkeys(["prompt_blocks", "bounds", "top_k", "limits", "records"], I32),
+    **dict.fromkeys(["model_positions", "stop_ids"], I64),
+    **dict.fromkeys(["role_stride", "plane_stride", "step_stride"], "i32"),
     **dict.fromkeys(["weight", "temperature", "top_p", "min_p", "stats", "thresholds"], F32),
     **dict.fromkeys(["final_thresholds", "partials", "wanteds", "logprob", "base_logprob"], F32),
     **dict.fromkeys(["implicit_reward", "value", "out"], F32),
@@ -55,7 +57,8 @@ TYPES = {
     **dict.fromkeys(["scale", "soft_cap"], "fp32"),
 }
 # A vocabulary of 262,144; bans, rows and every parameter a tensor: the most that is asked of them.
-CONSTANTS = {"NUM_BANNED": 2, "BLOCK": 2048, "PADDED_BLOCKS": 128, "NUM_PIVOTS": 16, "NUM_ROLES": 4}
+CONSTANTS = {"NUM_BANNED": 2, "BLOCK": 2048, "PADDED_BLOCKS": 128, "NUM_PIVOTS": 16}
+CONSTANTS |= {"NUM_ROLES": 4, "NUM_STOPS": 2}
 # Sizes of real layers: Llama 3, Gemma (a head of 256), and float32, which has no tensor cores.
 LAYERS = {
     "bf16_128": Tiles(group=4, key_size=128, value_size=128, item_bytes=2),

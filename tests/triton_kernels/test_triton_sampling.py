@@ -5,11 +5,13 @@ import random
 
 import pytest
 import torch
+from ops.step_cases import advanced, make_state, unequal
 from sampling_cases import DTYPES, make_case, rows_of
 from sampling_contract import is_drawable, violation
 
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.ops.guided_sample import GuidedSample, guided_sample, guided_sample_ref
+from ivg_fast.ops.step_state import sample_step
 from ivg_fast.ops.token_logprobs import (
     pair_token_logprobs,
     pair_token_logprobs_ref,
@@ -94,46 +96,22 @@ def test_offsets_beyond_two_to_the_31(dtype, device):
     torch.testing.assert_close(got_logprobs, token_logprobs_ref(logits, ids))
 
 
-def test_the_draw_prepares_the_next_step(device):
+@pytest.mark.parametrize("vocab_size", [9, 150])
+def test_the_draw_prepares_the_next_step(vocab_size, device):
+    """The kernel's last part, over one vocabulary block and over several."""
+    rng = random.Random(vocab_size)
     torch.manual_seed(3)
-    logits = torch.randn(4, 90, device=device)
-    logits[2] = torch.nan
-    positions = torch.tensor([3, 15, 31, 7], dtype=torch.int32, device=device)
-    state = kernels.StepState(
-        input_ids=torch.full((4,), 50, device=device),
-        positions=positions,
-        model_positions=torch.tensor([[13, 35, 51, 27], [103, 115, 131, 7]]).int().to(device),
-        slot_mapping=torch.tensor([16 * 9 + 3, 16 * 4 + 15, 16 * 6 + 15, -1]).int().to(device),
-        block_table=torch.tensor([[1, 9, 0, 0], [2, 4, 8, 0], [3, 5, 6, 7], [0, 0, 0, 0]])
-        .int()
-        .to(device),
-        prompt_blocks=torch.tensor([1, 1, 1, 1]).int().to(device),
-    )
-    arguments = index(4, device) | {"positions": positions}
-    expected = guided_sample_ref(logits, **arguments).token_ids.tolist()
-    outputs = GuidedSample(
-        *kernels.guided_sample(
-            logits,
-            None,
-            None,
-            weight=1.0,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            min_p=0.0,
-            **arguments,
-            logit_rows=None,
-            banned_ids=None,
-            banned_until=None,
-            step_state=state,
-        )
-    )
-    assert outputs.token_ids.tolist() == expected
-    # Row 1 enters its next block, row 2 has no token and turns into a pad row, row 3 was one.
-    assert state.input_ids.tolist() == [expected[0], expected[1], 0, 50]
-    assert state.positions.tolist() == [4, 16, 32, 7]
-    assert state.model_positions.tolist() == [[14, 36, 52, 27], [104, 116, 132, 7]]
-    assert state.slot_mapping.tolist() == [16 * 9 + 4, 16 * 8, -1, -1]
+    state = make_state(rng, 13, vocab_size, device)
+    logits = [torch.randn(13, vocab_size, device=device) for _ in range(3)]
+    logits[1][2] = torch.nan
+    for _ in range(2):
+        arguments = index(13, device) | {"positions": state.positions}
+        drawn = guided_sample(*logits, **arguments, backend="triton")
+        expected = advanced(state, drawn)
+        del arguments["positions"]
+        numbers = {"weight": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        sample_step(*logits, state, **arguments, **numbers, backend="triton")
+        assert unequal(state, expected) == []
 
 
 def test_token_logprobs(device):
