@@ -365,14 +365,22 @@ class Engine:
         """Raises RuntimeError if the books of the scheduler and the KV pool disagree."""
         self._scheduler.check_integrity()
 
-    def close(self) -> None:
+    def release_models(self) -> None:
+        """Gives the models back as they were, until the engine's next forward takes them again:
+        meanwhile they run by themselves, and without requests under way their weights may change.
+        """
+        for runner in reversed(self._runners.values()):
+            runner.release()
+
+    def close(self, *, keep_value: bool = False) -> None:
         """Frees the KV pools and gives the models their own attention back; twice is fine.
 
-        Closes the ValueFunction that was given as `value`, if it has `close()`.
+        Closes the ValueFunction that was given as `value`, if it has `close()`; not so with
+        `keep_value`, where it is for others too.
         """
         close_value = getattr(self._value.function, "close", None)
         self._value = ExplicitValue()
-        if close_value is not None:
+        if close_value is not None and not keep_value:
             close_value()
         # The first of several roles that share a module saw its own attention: it goes last.
         for runner in reversed(self._runners.values()):

@@ -211,12 +211,18 @@ class ModelRunner:
             self._fast_modules.remove()
         self.network.set_attn_implementation(name)
 
+    def release(self) -> None:
+        """Gives the model back as it was, until the next forward takes it again. Meanwhile it may
+        run, and its weights may change; the pools keep what they hold."""
+        self.config.pad_token_id = self._pad_token_id
+        self.use_attention(self.stock_attention)
+        self._fast_modules.forget()
+
     def close(self) -> None:
         """Frees the pools and gives the model its own attention back."""
         self._layers = []
         self.num_blocks = 0
-        self.config.pad_token_id = self._pad_token_id
-        self.use_attention(self.stock_attention)
+        self.release()
 
     @property
     def _caches(self) -> list[LayerCache]:
@@ -224,6 +230,7 @@ class ModelRunner:
 
     def _call(self, batch: ForwardBatch, **kwargs: Any) -> Any:
         if self.config._attn_implementation != ATTENTION_NAME:  # one that shares it has closed
+            self.config.pad_token_id = None
             self.use_attention(ATTENTION_NAME)
         run = self._compiled or self.network
         return run(
