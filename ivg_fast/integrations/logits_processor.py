@@ -15,7 +15,7 @@ from transformers import DynamicCache, LogitsProcessor
 from ivg_fast.errors import InvalidParameterError, UnsupportedModelError
 from ivg_fast.models.attention import ATTENTION_NAME
 from ivg_fast.models.checkpoints import check_pair
-from ivg_fast.models.value_head import ScalarHeadModel, ValueHeadModel, as_value_model
+from ivg_fast.models.value_head import ValueHeadModel, as_value_model
 from ivg_fast.models.vocabulary import check_same_vocabulary
 
 
@@ -165,21 +165,22 @@ class _Guide:
         if model.training:
             raise InvalidParameterError(f"{role}.training", True, "must be False: call eval()")
         self._head: Any = None
+        network: Any = model
         if role == "value":
-            model = as_value_model(model)
-            if not isinstance(model, ValueHeadModel):
+            scored = as_value_model(model)
+            if not isinstance(scored, ValueHeadModel):
                 raise UnsupportedModelError(
-                    f"value must have a vocabulary head to guide tokens, got "
-                    f"{ScalarHeadModel.__name__}"
+                    "value must have a vocabulary head to guide tokens, got "
+                    f"{type(scored).__name__}"
                 )
-            self._head, model = model.score_head, model.backbone
-            self.vocab_size: int = model.get_input_embeddings().num_embeddings
+            self._head = scored.score_head
+            network = scored.backbone
+        self.vocab_size: int = network.get_input_embeddings().num_embeddings
+        if self._head is not None:
             self.vocab_size = min(self.vocab_size, self._head.out_features)
-        else:
-            self.vocab_size = model.get_input_embeddings().num_embeddings
         self._role = role
-        self._model: Any = model
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._model = network
+        self._takes_positions = "position_ids" in inspect.signature(network.forward).parameters
         self._cache: Any = None
 
     def step(
