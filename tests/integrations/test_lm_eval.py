@@ -114,7 +114,12 @@ def test_weight_zero_is_the_base_model_exactly(data: str, kind: str) -> None:
 def test_likelihoods_are_the_guided_ones(data: str, guidance: str) -> None:
     """Against float64, one text at a time."""
     weight = 0.7
-    result = run(data, "choice", "ivg", f",{GUIDES},guidance={guidance},guidance_weight={weight}")
+    result = run(
+        data,
+        "choice",
+        "ivg",
+        f",{GUIDES},guidance={guidance},guidance_weight={weight},dtype=float32",
+    )
     tokenizer = load_tokenizer(FAMILY / "base")
     models = {role: load_model(FAMILY / role).double() for role in ("base", "tuned", "untuned")}
     models["value"] = load_value_model(FAMILY / "value").double()
@@ -147,7 +152,12 @@ def test_chunk_search_has_no_likelihood(data: str) -> None:
 
 def test_text_is_the_engines(data: str) -> None:
     arguments = f",{GUIDES},method=ivg,beam_width=2,num_candidates=2,chunk_length=3"
-    result = run(data, "text", "ivg", arguments + ",temperature=0.7,top_k=50,seed=5,num_blocks=300")
+    result = run(
+        data,
+        "text",
+        "ivg",
+        arguments + ",temperature=0.7,top_k=50,seed=5,num_blocks=300,dtype=float32",
+    )
     params = SearchParams.ivg(
         max_tokens=12, beam_width=2, num_candidates=2, chunk_length=3, temperature=0.7, top_k=50,
         stop=["."],
