@@ -8,11 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lm_eval
 import pytest
 import torch
 import yaml
-from lm_eval.tasks import TaskManager
 
 from ivg_fast import (
     Engine,
@@ -22,12 +20,16 @@ from ivg_fast import (
     UnsupportedModelError,
 )
 from ivg_fast.assets import imdb_path
-from ivg_fast.integrations.lm_eval import IVGLM, main
 from ivg_fast.integrations.transformers import close_engines
 from ivg_fast.models.loading import load_model, load_tokenizer
 from ivg_fast.models.value_head import load_value_model
 from ivg_fast.prompts import derive_seed
 from ivg_fast.training.data import test_prompts as review_prompts
+
+lm_eval = pytest.importorskip("lm_eval")
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from ivg_fast.integrations.lm_eval import IVGLM, main  # noqa: E402
 
 FAMILY = imdb_path()
 GUIDES = f"tuned={FAMILY / 'tuned'},untuned={FAMILY / 'untuned'},value={FAMILY / 'value'}"
