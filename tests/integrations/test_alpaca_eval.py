@@ -15,8 +15,8 @@ from ivg_fast import Engine, EngineConfig, InvalidParameterError, SearchParams
 from ivg_fast.integrations.alpaca_eval import EngineCompletions, model_config, prompt_seed
 
 pytest.importorskip("alpaca_eval")
-from alpaca_eval import evaluate, evaluate_from_model  # noqa: E402
-from alpaca_eval.utils import load_or_convert_to_dataframe  # noqa: E402
+from alpaca_eval import evaluate, evaluate_from_model
+from alpaca_eval.utils import load_or_convert_to_dataframe
 
 INSTRUCTIONS = ["say a word", "name a colour", "what is it", "count to ten"]
 PARAMS = SearchParams.ivg(
