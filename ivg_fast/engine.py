@@ -20,6 +20,7 @@ from ivg_fast.models import support
 from ivg_fast.models.checkpoints import check_checkpoints, check_pair
 from ivg_fast.models.loading import kwargs_of, load_model, load_tokenizer
 from ivg_fast.models.runner import ModelRunner
+from ivg_fast.models.shared_pieces import GuideVocabulary, checked_guide_vocabulary, share_pieces
 from ivg_fast.models.text_value import TextValueModel, load_value
 from ivg_fast.models.value_head import as_value_model
 from ivg_fast.models.values import ExplicitValue, TokenScorer, ValueFunction
@@ -53,7 +54,16 @@ class Engine:
             tokens then hold for that role. The pair's name the same pieces by the same ids.
         templates: by role, the Template, or its name (see ivg_fast.templates.TEMPLATES), through
             which that role reads the text of a prompt.
+        guide_vocabulary: "same": the pair's token ids are the base's, or it is refused;
+            "shared_pieces": where they are not, ids of the same piece are guided and the others
+            left alone, and each guide reads the base's tokens by their pieces (see SharedPieces for
+            what that costs). The tokenizers of both are needed then.
+        min_shared_pieces: with fewer of the base's pieces than this share a guide is refused.
         config: see EngineConfig.
+
+    Attributes:
+        shared_pieces: by role, the share of the base's pieces that a guide has whose vocabulary is
+            another.
 
     Raises:
         InvalidParameterError: an argument that cannot be, by name.
@@ -72,11 +82,17 @@ class Engine:
         value: nn.Module | ValueFunction | None = None,
         tokenizers: Mapping[str, Any] | None = None,
         templates: Mapping[str, str | Template] | None = None,
+        guide_vocabulary: GuideVocabulary = "same",
+        min_shared_pieces: float = 0.5,
         config: EngineConfig | None = None,
     ) -> None:
         self.config = EngineConfig() if config is None else config
         if not isinstance(self.config, EngineConfig):
             raise InvalidParameterError("config", config, "must be an EngineConfig")
+        checked_guide_vocabulary(guide_vocabulary, min_shared_pieces)
+        self._can_share_pieces = guide_vocabulary == "shared_pieces"
+        self._min_share = min_shared_pieces
+        self.shared_pieces: dict[str, float] = {}
         self.tokenizer = tokenizer
         of_value = value.tokenizer if isinstance(value, TextValueModel) else None
         self._tokenizers = tokenizers_by_role(tokenizer, tokenizers, of_value)
@@ -118,6 +134,8 @@ class Engine:
         device: torch.device | str | None = None,
         dtype: torch.dtype | str = "auto",
         templates: Mapping[str, str | Template] | None = None,
+        guide_vocabulary: GuideVocabulary = "same",
+        min_shared_pieces: float = 0.5,
         model_kwargs: Mapping[str, Any] | None = None,
         config: EngineConfig | None = None,
     ) -> Self:
@@ -131,6 +149,7 @@ class Engine:
             device: None: the CPU.
             dtype: "auto": the checkpoint's; float16 becomes float32 on the CPU.
             templates: as for the constructor; each role has the tokenizer beside its weights.
+            guide_vocabulary, min_shared_pieces: as for the constructor.
             model_kwargs: more arguments for loading the language models (see `load_model`). Under
                 the key "base", "tuned" or "untuned": those of this role alone.
             config: see EngineConfig.
@@ -156,13 +175,17 @@ class Engine:
                 continue
             own = kwargs_of(role, model_kwargs)
             models[role] = load_model(path, device=device, dtype=dtype, model_kwargs=own)
-            if role != "base":
+            if role != "base" and guide_vocabulary == "shared_pieces":
+                tokenizers[role] = load_tokenizer(path, own)
+            elif role != "base":
                 tokenizers[role] = load_guide_tokenizer(tokenizer, path, role, own)
         return cls(
             models.pop("base"),
             tokenizer,
             tokenizers={role: own for role, own in tokenizers.items() if own is not None},
             templates=templates,
+            guide_vocabulary=guide_vocabulary,
+            min_shared_pieces=min_shared_pieces,
             config=config,
             **models,
         )
@@ -180,11 +203,19 @@ class Engine:
                     )
                 value.share_pools(tuned)
             self._value = ExplicitValue("scalar" if value.is_scalar else "vocabulary", is_shared)
+        if self._can_share_pieces:
+            shared = share_pieces(self._runners, self._tokenizers, self._min_share)
+            self.shared_pieces = {role: pieces.share for role, pieces in shared.items()}
+            for role, pieces in shared.items():
+                self._renderer.put_behind(role, pieces.num_base_ids)
+            if shared and self._value.shares_trunk:
+                wanted = "must not be on the trunk of a model with another vocabulary"
+                raise InvalidParameterError("value", "tuned", wanted)
         for runner in self._runners.values():
             self.vocab_size = min(self.vocab_size, runner.vocab_size)
         if self.tokenizer is not None:
             for role, runner in self._runners.items():
-                own = self._tokenizers.get(role)
+                own = None if role in self.shared_pieces else self._tokenizers.get(role)
                 size = check_same_vocabulary(
                     self.tokenizer, own, base.vocab_size, runner.vocab_size, other_name=role
                 )

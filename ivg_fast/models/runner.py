@@ -23,6 +23,7 @@ from ivg_fast.models.batch import BLOCK_SIZE, ForwardBatch
 from ivg_fast.models.compiled import compiled_forward
 from ivg_fast.models.fast_modules import FastModules
 from ivg_fast.models.selftest import check_model
+from ivg_fast.models.shared_pieces import SharedPieces
 from ivg_fast.models.value_head import ScalarHeadModel, ValueModel
 
 
@@ -80,6 +81,7 @@ class ModelRunner:
         self._can_keep = "logits_to_keep" in self._parameters
         self._layers: list[LayerCache] = []
         self._owner: ModelRunner | None = None  # whose pools it uses
+        self._pieces: SharedPieces | None = None
         self.num_blocks = 0
 
         # Packed rows hold no padding: a token with the pad's id is a token, and no forward should
@@ -157,8 +159,10 @@ class ModelRunner:
             return self._head(self.hidden(batch))
         with attention_context(PagedContext(self._caches, batch)):
             if self._can_keep:
-                return self._call(batch, logits_to_keep=batch.logit_positions).logits[0]
-            return self._call(batch).logits[0].index_select(0, batch.logit_positions)
+                logits = self._call(batch, logits_to_keep=batch.logit_positions).logits[0]
+            else:
+                logits = self._call(batch).logits[0].index_select(0, batch.logit_positions)
+        return logits if self._pieces is None else self._pieces.judge(logits)
 
     @torch.inference_mode()
     def hidden(self, batch: ForwardBatch) -> torch.Tensor:
@@ -189,6 +193,16 @@ class ModelRunner:
         """Keeps no keys and values of its own from now on, but those of `other`, layer by layer."""
         self._owner = other
         self._layers = []
+
+    def use_pieces(self, pieces: SharedPieces) -> None:
+        """From now on it reads and scores the base model's ids, its own standing behind them."""
+        self._pieces = pieces
+        self.vocab_size = self.logits_width = pieces.num_base_ids
+
+    @property
+    def num_input_ids(self) -> int:
+        """Ids that a prompt may have."""
+        return self.vocab_size if self._pieces is None else self._pieces.num_input_ids
 
     @property
     def score_head(self) -> torch.nn.Linear:
@@ -232,9 +246,9 @@ class ModelRunner:
         if self.config._attn_implementation != ATTENTION_NAME:  # one that shares it has closed
             self.config.pad_token_id = None
             self.use_attention(ATTENTION_NAME)
-        run = self._compiled or self.network
+        run, pieces = self._compiled or self.network, self._pieces
         return run(
-            input_ids=batch.input_ids,
+            input_ids=batch.input_ids if pieces is None else pieces.read(batch.input_ids),
             position_ids=batch.position_ids,
             use_cache=False,
             return_dict=True,
