@@ -13,18 +13,18 @@ from torch import nn
 
 from ivg_fast import _C
 from ivg_fast.burst import BurstRunner
-from ivg_fast.errors import InvalidParameterError, IVGError, VocabularyMismatchError
+from ivg_fast.errors import InvalidParameterError, IVGError
 from ivg_fast.kv_budget import affordable_blocks
 from ivg_fast.loop import Ended, RequestLoop
 from ivg_fast.models import support
-from ivg_fast.models.checkpoints import check_checkpoints, check_pair
-from ivg_fast.models.loading import kwargs_of, load_model, load_tokenizer
+from ivg_fast.models.checkpoints import check_pair
+from ivg_fast.models.roles import load_roles
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.shared_pieces import GuideVocabulary, checked_guide_vocabulary, share_pieces
-from ivg_fast.models.text_value import TextValueModel, load_value
+from ivg_fast.models.text_value import TextValueModel
 from ivg_fast.models.value_head import as_value_model
 from ivg_fast.models.values import ExplicitValue, TokenScorer, ValueFunction
-from ivg_fast.models.vocabulary import check_same_vocabulary, load_guide_tokenizer
+from ivg_fast.models.vocabulary import check_same_vocabulary, ends_of_text
 from ivg_fast.ops.block_copy import BlockCopier
 from ivg_fast.outputs import RequestOutput
 from ivg_fast.params import EngineConfig, SearchParams
@@ -161,28 +161,17 @@ class Engine:
         if torch.device(device or "cpu").type != "cpu":
             raise InvalidParameterError("device", str(device), "must be the CPU")
         paths = dict(zip(ROLES, (base, tuned, untuned, value), strict=True))
-        check_checkpoints(paths, model_kwargs)
-        tokenizer = load_tokenizer(base, kwargs_of("base", model_kwargs))
-        models: dict[str, Any] = dict.fromkeys(ROLES)
-        tokenizers = {}
-        for role, path in paths.items():
-            if path is None:
-                continue
-            if role == "value":
-                models[role], tokenizers[role] = load_value(
-                    path, tokenizer, device=device, dtype=dtype
-                )
-                continue
-            own = kwargs_of(role, model_kwargs)
-            models[role] = load_model(path, device=device, dtype=dtype, model_kwargs=own)
-            if role != "base" and guide_vocabulary == "shared_pieces":
-                tokenizers[role] = load_tokenizer(path, own)
-            elif role != "base":
-                tokenizers[role] = load_guide_tokenizer(tokenizer, path, role, own)
+        models, tokenizers = load_roles(
+            paths,
+            device=device,
+            dtype=dtype,
+            model_kwargs=model_kwargs,
+            can_differ=guide_vocabulary == "shared_pieces",
+        )
         return cls(
             models.pop("base"),
-            tokenizer,
-            tokenizers={role: own for role, own in tokenizers.items() if own is not None},
+            tokenizers.pop("base"),
+            tokenizers=tokenizers,
             templates=templates,
             guide_vocabulary=guide_vocabulary,
             min_shared_pieces=min_shared_pieces,
@@ -204,13 +193,9 @@ class Engine:
                 value.share_pools(tuned)
             self._value = ExplicitValue("scalar" if value.is_scalar else "vocabulary", is_shared)
         if self._can_share_pieces:
-            shared = share_pieces(self._runners, self._tokenizers, self._min_share)
-            self.shared_pieces = {role: pieces.share for role, pieces in shared.items()}
-            for role, pieces in shared.items():
-                self._renderer.put_behind(role, pieces.num_base_ids)
-            if shared and self._value.shares_trunk:
-                wanted = "must not be on the trunk of a model with another vocabulary"
-                raise InvalidParameterError("value", "tuned", wanted)
+            self.shared_pieces = share_pieces(
+                self._runners, self._tokenizers, self._min_share, self._renderer.put_behind
+            )
         for runner in self._runners.values():
             self.vocab_size = min(self.vocab_size, runner.vocab_size)
         if self.tokenizer is not None:
@@ -220,16 +205,7 @@ class Engine:
                     self.tokenizer, own, base.vocab_size, runner.vocab_size, other_name=role
                 )
                 self.vocab_size = min(self.vocab_size, size)
-        eos = getattr(self.tokenizer, "eos_token_id", None)
-        known = sorted({*base.eos_token_ids, *([] if eos is None else [eos])})
-        # Of several ends of text some may be past what all models share: those are never drawn.
-        eos_ids = [token for token in known if token < self.vocab_size]
-        if known and not eos_ids:
-            raise VocabularyMismatchError(
-                f"token ids {known}, which end a text of the base model, are past the "
-                f"{self.vocab_size} ids that all models share"
-            )
-        eos_id = eos if eos is not None else next(iter(eos_ids), None)
+        eos_ids, eos_id = ends_of_text(self.tokenizer, base.eos_token_ids, self.vocab_size)
         runners = list(self._runners.values())
         of_texts = self._value.function
         others = []

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -109,20 +109,25 @@ def checked_guide_vocabulary(kind: Any, min_shared_pieces: Any) -> None:
 
 
 def share_pieces(
-    runners: Mapping[str, Any], tokenizers: Mapping[str, Any], min_share: float
-) -> dict[str, SharedPieces]:
+    runners: Mapping[str, Any],
+    tokenizers: Mapping[str, Any],
+    min_share: float,
+    put_behind: Callable[[str, int], None],
+) -> dict[str, float]:
     """Has the guides whose vocabulary is not the base's read and judge its ids by their pieces.
 
     Args:
         runners: ModelRunners by role.
         tokenizers: by role; those of the base and of every guide.
         min_share: see SharedPieces.
+        put_behind: of the PromptRenderer.
 
     Returns:
-        By role, what such a guide shares; {} where the vocabularies are one.
+        By role, the share of the base's pieces that such a guide has; {} where the vocabularies are
+        one.
 
     Raises:
-        InvalidParameterError: a tokenizer is missing.
+        InvalidParameterError: a tokenizer is missing, or a value lives on such a guide's trunk.
         VocabularyMismatchError: too few pieces, or guides that differ from each other.
     """
     base = runners["base"]
@@ -147,9 +152,13 @@ def share_pieces(
         vocabularies = [tokenizers[role].get_vocab() for role in guides]
         if len(found) < len(guides) or vocabularies[0] != vocabularies[-1]:
             raise VocabularyMismatchError("tuned and untuned must have one vocabulary")
+        if "value" in runners and runners["value"].shares_trunk_with(runners["tuned"]):
+            wanted = "must not be on the trunk of a model with another vocabulary"
+            raise InvalidParameterError("value", "tuned", wanted)
     for role, pieces in found.items():
         runners[role].use_pieces(pieces)
-    return found
+        put_behind(role, pieces.num_base_ids)
+    return {role: pieces.share for role, pieces in found.items()}
 
 
 def _pieces(tokenizer: Any, num_ids: int) -> dict[str, int]:
