@@ -55,15 +55,13 @@ class Engine:
         templates: by role, the Template, or its name (see ivg_fast.templates.TEMPLATES), through
             which that role reads the text of a prompt.
         guide_vocabulary: "same": the pair's token ids are the base's, or it is refused;
-            "shared_pieces": where they are not, ids of the same piece are guided and the others
-            left alone, and each guide reads the base's tokens by their pieces (see SharedPieces for
-            what that costs). The tokenizers of both are needed then.
-        min_shared_pieces: with fewer of the base's pieces than this share a guide is refused.
+            "shared_pieces": else ids of the same piece are guided, the others left alone (see
+            SharedPieces for what that costs); tokenizers of the pair are needed.
+        min_shared_pieces: the least share of the base's pieces that such a guide must have.
         config: see EngineConfig.
 
     Attributes:
-        shared_pieces: by role, the share of the base's pieces that a guide has whose vocabulary is
-            another.
+        shared_pieces: by role, the share that a guide with another vocabulary has.
 
     Raises:
         InvalidParameterError: an argument that cannot be, by name.
@@ -90,8 +88,7 @@ class Engine:
         if not isinstance(self.config, EngineConfig):
             raise InvalidParameterError("config", config, "must be an EngineConfig")
         checked_guide_vocabulary(guide_vocabulary, min_shared_pieces)
-        self._can_share_pieces = guide_vocabulary == "shared_pieces"
-        self._min_share = min_shared_pieces
+        self._min_share = min_shared_pieces if guide_vocabulary == "shared_pieces" else None
         self.shared_pieces: dict[str, float] = {}
         self.tokenizer = tokenizer
         of_value = value.tokenizer if isinstance(value, TextValueModel) else None
@@ -148,8 +145,8 @@ class Engine:
                 becomes a TextValueModel.
             device: None: the CPU.
             dtype: "auto": the checkpoint's; float16 becomes float32 on the CPU.
-            templates: as for the constructor; each role has the tokenizer beside its weights.
-            guide_vocabulary, min_shared_pieces: as for the constructor.
+            templates, guide_vocabulary, min_shared_pieces: as for the constructor; each role has the
+                tokenizer beside its weights.
             model_kwargs: more arguments for loading the language models (see `load_model`). Under
                 the key "base", "tuned" or "untuned": those of this role alone.
             config: see EngineConfig.
@@ -192,7 +189,7 @@ class Engine:
                     )
                 value.share_pools(tuned)
             self._value = ExplicitValue("scalar" if value.is_scalar else "vocabulary", is_shared)
-        if self._can_share_pieces:
+        if self._min_share is not None:
             self.shared_pieces = share_pieces(
                 self._runners, self._tokenizers, self._min_share, self._renderer.put_behind
             )
@@ -373,9 +370,8 @@ class Engine:
         self._scheduler.check_integrity()
 
     def release_models(self) -> None:
-        """Gives the models back as they were, until the engine's next forward takes them again:
-        meanwhile they run by themselves, and without requests under way their weights may change.
-        """
+        """Gives the models back as they were until the engine's next forward: meanwhile they run
+        by themselves and, without requests under way, their weights may change."""
         for runner in reversed(self._runners.values()):
             runner.release()
 
