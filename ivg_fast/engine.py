@@ -145,8 +145,8 @@ class Engine:
                 becomes a TextValueModel.
             device: None: the CPU.
             dtype: "auto": the checkpoint's; float16 becomes float32 on the CPU.
-            templates, guide_vocabulary, min_shared_pieces: as for the constructor; each role has the
-                tokenizer beside its weights.
+            templates, guide_vocabulary, min_shared_pieces: as for the constructor; each role has
+                the tokenizer beside its weights.
             model_kwargs: more arguments for loading the language models (see `load_model`). Under
                 the key "base", "tuned" or "untuned": those of this role alone.
             config: see EngineConfig.
