@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_cases import Case, differences, fresh_seed, value_model
+from engine_cases import Case, compare, differences, fresh_seed, value_model
 from naive_search import NaiveModels, NaiveSearch
 from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models
@@ -121,7 +121,7 @@ class Confused(PieceSearch):
 TEXTS = ["the cat sat", "a mad dog", "on that mat and then"]
 GRID = {
     "greedy": SearchParams.eft(max_tokens=12, temperature=0.0, guidance_weight=1.3, logprobs=True),
-    "eft": SearchParams.eft(max_tokens=12, temperature=0.9, top_k=20, logprobs=True),
+    "eft": SearchParams.eft(max_tokens=12, temperature=4.0, logprobs=True),
     "ivg": SearchParams.ivg(
         max_tokens=12, beam_width=2, num_candidates=2, chunk_length=3, logprobs=True
     ),
@@ -149,7 +149,7 @@ def test_equal_to_the_naive_search(name: str) -> None:
         ids |= {"untuned": ids["tuned"], "value": ids["base"]}
         case = Case(ids["base"], params, i)
         result = PieceSearch(naive_models, ids, params, i).run()
-        found += differences(output, result, case)
+        found += compare([output], [result], [case])[0]
         wrong = Confused(naive_models, ids, params, i).run()
         bugs += bool(differences(output, wrong, case))
         for token, reward in zip(
@@ -160,7 +160,8 @@ def test_equal_to_the_naive_search(name: str) -> None:
                 assert abs(reward) < 1e-6
     assert found == []
     assert bugs == len(TEXTS), "the control: ids taken for pieces pass"
-    assert num_unknown or name == "greedy", "no piece that the guides lack was drawn"
+    # Near to uniform, 36 tokens of which a third are the base's alone: 1 run in 10^6 has none.
+    assert num_unknown or name != "eft", "no piece that the guides lack was drawn"
 
 
 def test_prompts_in_every_form() -> None:
