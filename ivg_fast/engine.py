@@ -14,16 +14,17 @@ from torch import nn
 from ivg_fast import _C
 from ivg_fast.burst import BurstRunner
 from ivg_fast.devices import check_placed, checked_device, device_of, on_device
-from ivg_fast.errors import InvalidParameterError, IVGError, VocabularyMismatchError
+from ivg_fast.errors import InvalidParameterError, IVGError
 from ivg_fast.kv_budget import allocate_pools
 from ivg_fast.loop import Ended, RequestLoop
-from ivg_fast.models.checkpoints import check_checkpoints, check_pair
-from ivg_fast.models.loading import kwargs_of, load_model, load_tokenizer
+from ivg_fast.models.checkpoints import check_pair
+from ivg_fast.models.roles import load_roles
 from ivg_fast.models.runner import ModelRunner
-from ivg_fast.models.text_value import TextValueModel, load_value
+from ivg_fast.models.shared_pieces import GuideVocabulary, checked_guide_vocabulary, share_pieces
+from ivg_fast.models.text_value import TextValueModel
 from ivg_fast.models.value_head import as_value_model
 from ivg_fast.models.values import ExplicitValue, TokenScorer, ValueFunction
-from ivg_fast.models.vocabulary import check_same_vocabulary, load_guide_tokenizer
+from ivg_fast.models.vocabulary import check_same_vocabulary, ends_of_text
 from ivg_fast.ops.block_copy import BlockCopier
 from ivg_fast.outputs import RequestOutput
 from ivg_fast.params import EngineConfig, SearchParams
@@ -55,7 +56,14 @@ class Engine:
             tokens then hold for that role. The pair's name the same pieces by the same ids.
         templates: by role, the Template, or its name (see ivg_fast.templates.TEMPLATES), through
             which that role reads the text of a prompt.
+        guide_vocabulary: "same": the pair's token ids are the base's, or it is refused;
+            "shared_pieces": else ids of the same piece are guided, the others left alone (see
+            SharedPieces for what that costs); tokenizers of the pair are needed.
+        min_shared_pieces: the least share of the base's pieces that such a guide must have.
         config: see EngineConfig.
+
+    Attributes:
+        shared_pieces: by role, the share that a guide with another vocabulary has.
 
     Raises:
         InvalidParameterError: an argument that cannot be, by name.
@@ -74,11 +82,16 @@ class Engine:
         value: nn.Module | ValueFunction | None = None,
         tokenizers: Mapping[str, Any] | None = None,
         templates: Mapping[str, str | Template] | None = None,
+        guide_vocabulary: GuideVocabulary = "same",
+        min_shared_pieces: float = 0.5,
         config: EngineConfig | None = None,
     ) -> None:
         self.config = EngineConfig() if config is None else config
         if not isinstance(self.config, EngineConfig):
             raise InvalidParameterError("config", config, "must be an EngineConfig")
+        checked_guide_vocabulary(guide_vocabulary, min_shared_pieces)
+        self._min_share = min_shared_pieces if guide_vocabulary == "shared_pieces" else None
+        self.shared_pieces: dict[str, float] = {}
         self.tokenizer = tokenizer
         of_value = value.tokenizer if isinstance(value, TextValueModel) else None
         self._tokenizers = tokenizers_by_role(tokenizer, tokenizers, of_value)
@@ -125,6 +138,8 @@ class Engine:
         device: torch.device | str | None = None,
         dtype: torch.dtype | str = "auto",
         templates: Mapping[str, str | Template] | None = None,
+        guide_vocabulary: GuideVocabulary = "same",
+        min_shared_pieces: float = 0.5,
         model_kwargs: Mapping[str, Any] | None = None,
         config: EngineConfig | None = None,
     ) -> Self:
@@ -137,7 +152,8 @@ class Engine:
                 becomes a TextValueModel.
             device: "cpu" (also for None) or "cuda", of all models.
             dtype: "auto": the checkpoint's; float16 becomes float32 on the CPU.
-            templates: as for the constructor; each role has the tokenizer beside its weights.
+            templates, guide_vocabulary, min_shared_pieces: as for the constructor; each role has
+                the tokenizer beside its weights.
             model_kwargs: more arguments for loading the language models (see `load_model`). Under
                 the key "base", "tuned" or "untuned": those of this role alone.
             config: see EngineConfig.
@@ -148,27 +164,20 @@ class Engine:
         """
         device = checked_device(device)
         paths = dict(zip(ROLES, (base, tuned, untuned, value), strict=True))
-        check_checkpoints(paths, model_kwargs)
-        tokenizer = load_tokenizer(base, kwargs_of("base", model_kwargs))
-        models: dict[str, Any] = dict.fromkeys(ROLES)
-        tokenizers = {}
-        for role, path in paths.items():
-            if path is None:
-                continue
-            if role == "value":
-                models[role], tokenizers[role] = load_value(
-                    path, tokenizer, device=device, dtype=dtype
-                )
-                continue
-            own = kwargs_of(role, model_kwargs)
-            models[role] = load_model(path, device=device, dtype=dtype, model_kwargs=own)
-            if role != "base":
-                tokenizers[role] = load_guide_tokenizer(tokenizer, path, role, own)
+        models, tokenizers = load_roles(
+            paths,
+            device=device,
+            dtype=dtype,
+            model_kwargs=model_kwargs,
+            can_differ=guide_vocabulary == "shared_pieces",
+        )
         return cls(
             models.pop("base"),
-            tokenizer,
-            tokenizers={role: own for role, own in tokenizers.items() if own is not None},
+            tokenizers.pop("base"),
+            tokenizers=tokenizers,
             templates=templates,
+            guide_vocabulary=guide_vocabulary,
+            min_shared_pieces=min_shared_pieces,
             config=config,
             **models,
         )
@@ -186,25 +195,20 @@ class Engine:
                     )
                 value.share_pools(tuned)
             self._value = ExplicitValue("scalar" if value.is_scalar else "vocabulary", is_shared)
+        if self._min_share is not None:
+            self.shared_pieces = share_pieces(
+                self._runners, self._tokenizers, self._min_share, self._renderer.put_behind
+            )
         for runner in self._runners.values():
             self.vocab_size = min(self.vocab_size, runner.vocab_size)
         if self.tokenizer is not None:
             for role, runner in self._runners.items():
-                own = self._tokenizers.get(role)
+                own = None if role in self.shared_pieces else self._tokenizers.get(role)
                 size = check_same_vocabulary(
                     self.tokenizer, own, base.vocab_size, runner.vocab_size, other_name=role
                 )
                 self.vocab_size = min(self.vocab_size, size)
-        eos = getattr(self.tokenizer, "eos_token_id", None)
-        known = sorted({*base.eos_token_ids, *([] if eos is None else [eos])})
-        # Of several ends of text some may be past what all models share: those are never drawn.
-        eos_ids = [token for token in known if token < self.vocab_size]
-        if known and not eos_ids:
-            raise VocabularyMismatchError(
-                f"token ids {known}, which end a text of the base model, are past the "
-                f"{self.vocab_size} ids that all models share"
-            )
-        eos_id = eos if eos is not None else next(iter(eos_ids), None)
+        eos_ids, eos_id = ends_of_text(self.tokenizer, base.eos_token_ids, self.vocab_size)
         runners = list(self._runners.values())
         num_blocks = allocate_pools(runners, self.config, self._value.function)
         self._scheduler = _C.Scheduler(
@@ -378,14 +382,21 @@ class Engine:
         """Raises RuntimeError if the books of the scheduler and the KV pool disagree."""
         self._scheduler.check_integrity()
 
-    def close(self) -> None:
+    def release_models(self) -> None:
+        """Gives the models back as they were until the engine's next forward: meanwhile they run
+        by themselves and, without requests under way, their weights may change."""
+        for runner in reversed(self._runners.values()):
+            runner.release()
+
+    def close(self, *, keep_value: bool = False) -> None:
         """Frees the KV pools and gives the models their own attention back; twice is fine.
 
-        Closes the ValueFunction that was given as `value`, if it has `close()`.
+        Closes the ValueFunction that was given as `value`, if it has `close()`; not so with
+        `keep_value`, where it is for others too.
         """
         close_value = getattr(self._value.function, "close", None)
         self._value = ExplicitValue()
-        if close_value is not None:
+        if close_value is not None and not keep_value:
             close_value()
         # The first of several roles that share a module saw its own attention: it goes last.
         for runner in reversed(self._runners.values()):

@@ -147,12 +147,12 @@ class RequestFactory:
         for role, ids in request.prompt_ids.items():
             if not len(ids):
                 raise InvalidParameterError("prompts", prompt, f"must have a token for {role}")
-            unknown = ids[(ids < 0) | (ids >= self._runners[role].vocab_size)]
+            unknown = ids[(ids < 0) | (ids >= self._runners[role].num_input_ids)]
             if len(unknown):
                 raise InvalidParameterError(
                     "prompts",
                     int(unknown[0]),
-                    f"must be token ids of {role}, in [0, {self._runners[role].vocab_size})",
+                    f"must be token ids of {role}, in [0, {self._runners[role].num_input_ids})",
                 )
             most = self._max_prompt_tokens
             if most is not None and len(ids) > most:

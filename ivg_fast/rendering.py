@@ -126,6 +126,7 @@ class PromptRenderer:
         if templates is not None and not isinstance(templates, Mapping):
             raise InvalidParameterError("templates", templates, "must be templates by role")
         self._templates: dict[str, Template] = {}
+        self._first_ids: dict[str, int] = {}
         for role, given in (templates or {}).items():
             if role not in ROLES:
                 raise InvalidParameterError("templates", role, f"must be for a role of {ROLES}")
@@ -146,6 +147,11 @@ class PromptRenderer:
                 name, given, f"needs a tokenizer of {role} that has a begin-of-text token"
             )
 
+    def put_behind(self, role: str, first_id: int) -> None:
+        """The role's own ids begin at `first_id`; below it are the base's. What its tokenizer
+        writes, and the ids that are given for it alone, are its own."""
+        self._first_ids[role] = first_id
+
     def render(self, prompt: PromptInput, roles: Collection[str]) -> dict[str, RolePrompt]:
         """What each of `roles` reads of a prompt.
 
@@ -156,7 +162,7 @@ class PromptRenderer:
             raise InvalidParameterError("prompts", None, _WANTED)
         whole = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
         rendered: dict[str, RolePrompt] = {}
-        known: dict[tuple[int, int, Template | None], RolePrompt] = {}
+        known: dict[tuple[int, int, Template | None, int], RolePrompt] = {}
         for role in roles:
             content = whole.of(role)
             if content is None:
@@ -164,14 +170,17 @@ class PromptRenderer:
             # A text that is the role's own already has its form.
             is_verbatim = isinstance(content, str) and getattr(whole, role) is not None
             template = None if is_verbatim else self._templates.get(role)
-            key = (id(content), id(self._tokenizers[role]), template)
+            is_own = getattr(whole, role) is not None or not _is_ids(content)
+            first_id = self._first_ids.get(role, 0) if is_own else 0
+            key = (id(content), id(self._tokenizers[role]), template, first_id)
             if key not in known:
-                known[key] = self._encode(role, content, template)
+                written = self._encode(role, content, template)
+                known[key] = RolePrompt(written.text, written.token_ids + first_id)
             rendered[role] = known[key]
         return rendered
 
     def _encode(self, role: str, content: Content, template: Template | None) -> RolePrompt:
-        if not isinstance(content, str) and not (content and isinstance(content[0], Mapping)):
+        if _is_ids(content):
             return RolePrompt(None, np.asarray(content, dtype=np.int64))
         tokenizer = self._tokenizers[role]
         if tokenizer is None:
@@ -215,6 +224,10 @@ class PromptRenderer:
             raise InvalidParameterError(
                 "prompts", list(messages), f"must suit the chat template of {role} ({error})"
             ) from error
+
+
+def _is_ids(content: Content) -> bool:
+    return not isinstance(content, str) and not (content and isinstance(content[0], Mapping))
 
 
 def _raw_of(role: str, content: Content) -> str:

@@ -233,8 +233,8 @@ def test_a_missing_model_is_named_before_any_is_loaded(
     def load(*_args, **_kwargs) -> None:
         raise AssertionError("nothing may be loaded")
 
-    monkeypatch.setattr("ivg_fast.engine.load_model", load)
-    monkeypatch.setattr("ivg_fast.engine.load_tokenizer", load)
+    monkeypatch.setattr("ivg_fast.models.roles.load_model", load)
+    monkeypatch.setattr("ivg_fast.models.roles.load_tokenizer", load)
     paths = {**folders, missing: name}
     command = ["generate", *_models(paths), "--max-tokens", "3", "--prompt", "x"]
     assert main(command) == EXIT_USAGE

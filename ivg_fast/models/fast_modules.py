@@ -70,6 +70,11 @@ class FastModules:
             if forward is not None and vars(module).get("forward") is forward:
                 del vars(module)["forward"]
 
+    def forget(self) -> None:
+        """`remove`, and the next `install` reads the weights again: they may change until then."""
+        self.remove()
+        self._forwards = {}
+
 
 def packing_pays(model: nn.Module) -> bool:
     """Whether this torch can pack linear layers, and the model is small enough to be held twice."""

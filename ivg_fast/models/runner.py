@@ -23,6 +23,7 @@ from ivg_fast.models.batch import BLOCK_SIZE, ForwardBatch, StepBatch
 from ivg_fast.models.compiled import compiled_forward
 from ivg_fast.models.fast_modules import FastModules
 from ivg_fast.models.selftest import check_model
+from ivg_fast.models.shared_pieces import SharedPieces
 from ivg_fast.models.value_head import ScalarHeadModel, ValueModel
 
 
@@ -80,6 +81,7 @@ class ModelRunner:
         self._can_keep = "logits_to_keep" in self._parameters
         self._layers: list[LayerCache] = []
         self._owner: ModelRunner | None = None  # whose pools it uses
+        self._pieces: SharedPieces | None = None
         self.num_blocks = 0
 
         # Packed rows hold no padding: a token with the pad's id is a token, and no forward should
@@ -171,8 +173,10 @@ class ModelRunner:
             if self._can_keep:
                 wanted = batch.logit_positions
                 keep = 0 if wanted is None else wanted  # 0: all
-                return self._call(batch, logits_to_keep=keep).logits[0]
-            return _wanted(self._call(batch).logits[0], batch)
+                logits = self._call(batch, logits_to_keep=keep).logits[0]
+            else:
+                logits = _wanted(self._call(batch).logits[0], batch)
+        return logits if self._pieces is None else self._pieces.judge(logits)
 
     @torch.inference_mode()
     def hidden(self, batch: ForwardBatch | StepBatch) -> torch.Tensor:
@@ -204,6 +208,17 @@ class ModelRunner:
         self._owner = other
         self._layers = []
 
+    def use_pieces(self, pieces: SharedPieces) -> None:
+        """From now on it reads and scores the base model's ids, its own standing behind them."""
+        pieces.place(self.device)
+        self._pieces = pieces
+        self.vocab_size = self.logits_width = pieces.num_base_ids
+
+    @property
+    def num_input_ids(self) -> int:
+        """Ids that a prompt may have."""
+        return self.vocab_size if self._pieces is None else self._pieces.num_input_ids
+
     @property
     def score_head(self) -> torch.nn.Linear:
         """The head of a ValueModel; UnsupportedModelError for another model."""
@@ -225,12 +240,18 @@ class ModelRunner:
             self._fast_modules.remove()
         self.network.set_attn_implementation(name)
 
+    def release(self) -> None:
+        """Gives the model back as it was, until the next forward takes it again. Meanwhile it may
+        run, and its weights may change; the pools keep what they hold."""
+        self.config.pad_token_id = self._pad_token_id
+        self.use_attention(self.stock_attention)
+        self._fast_modules.forget()
+
     def close(self) -> None:
         """Frees the pools and gives the model its own attention back."""
         self._layers = []
         self.num_blocks = 0
-        self.config.pad_token_id = self._pad_token_id
-        self.use_attention(self.stock_attention)
+        self.release()
 
     @property
     def _caches(self) -> list[LayerCache]:
@@ -238,10 +259,11 @@ class ModelRunner:
 
     def _call(self, batch: ForwardBatch | StepBatch, **kwargs: Any) -> Any:
         if self.config._attn_implementation != ATTENTION_NAME:  # one that shares it has closed
+            self.config.pad_token_id = None
             self.use_attention(ATTENTION_NAME)
-        run = self._compiled or self.network
+        run, pieces = self._compiled or self.network, self._pieces
         return run(
-            input_ids=batch.input_ids,
+            input_ids=batch.input_ids if pieces is None else pieces.read(batch.input_ids),
             position_ids=batch.position_ids,
             use_cache=False,
             return_dict=True,

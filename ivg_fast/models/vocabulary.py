@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ivg_fast.errors import InvalidParameterError, VocabularyMismatchError
@@ -68,6 +68,26 @@ def check_same_vocabulary(
             f"ids of {other_name}"
         )
     return size
+
+
+def ends_of_text(
+    tokenizer: Any, of_model: Iterable[int], vocab_size: int
+) -> tuple[list[int], int | None]:
+    """The ids that end a text, by the base's tokenizer and model; the one that scoring appends.
+
+    Raises:
+        VocabularyMismatchError: none of them is among the ids that all models share.
+    """
+    eos = getattr(tokenizer, "eos_token_id", None)
+    known = sorted({*of_model, *([] if eos is None else [eos])})
+    # Of several ends of text some may be past what all models share: those are never drawn.
+    eos_ids = [token for token in known if token < vocab_size]
+    if known and not eos_ids:
+        raise VocabularyMismatchError(
+            f"token ids {known}, which end a text of the base model, are past the {vocab_size} ids "
+            "that all models share"
+        )
+    return eos_ids, eos if eos is not None else next(iter(eos_ids), None)
 
 
 def load_guide_tokenizer(
