@@ -21,13 +21,13 @@ from ivg_fast.models.checkpoints import check_pair
 from ivg_fast.models.roles import load_roles
 from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.shared_pieces import GuideVocabulary, checked_guide_vocabulary, share_pieces
-from ivg_fast.models.text_value import TextValueModel
+from ivg_fast.models.text_value import TextValueModel, check_function
 from ivg_fast.models.value_head import as_value_model
 from ivg_fast.models.values import ExplicitValue, TokenScorer, ValueFunction
 from ivg_fast.models.vocabulary import check_same_vocabulary, ends_of_text
 from ivg_fast.ops.block_copy import BlockCopier
 from ivg_fast.outputs import RequestOutput
-from ivg_fast.params import EngineConfig, SearchParams
+from ivg_fast.params import EngineConfig, SearchParams, check_integer
 from ivg_fast.prompts import RequestFactory
 from ivg_fast.rendering import PromptInput, PromptRenderer, as_prompt_list, tokenizers_by_role
 from ivg_fast.request import ROLES
@@ -99,8 +99,7 @@ class Engine:
         check_pair(tuned, untuned)
         self._value = ExplicitValue()
         if value is not None and not isinstance(value, nn.Module):
-            if not callable(value):
-                raise InvalidParameterError("value", value, "must be a model or a ValueFunction")
+            check_function(value)
             self._value, value = ExplicitValue("text", function=value), None
         elif value is not None:
             value = as_value_model(value)
@@ -149,7 +148,7 @@ class Engine:
             base, tuned, untuned: causal language models with their tokenizers, or folders of PEFT
                 adapters of such.
             value: a value model (see `load_value_model`). Where its tokenizer is not the base's it
-                becomes a TextValueModel.
+                becomes a TextValueModel. A function of one's own goes to the constructor.
             device: "cpu" (also for None) or "cuda", of all models.
             dtype: "auto": the checkpoint's; float16 becomes float32 on the CPU.
             templates, guide_vocabulary, min_shared_pieces: as for the constructor; each role has
@@ -305,20 +304,25 @@ class Engine:
         Raises:
             InvalidParameterError, CapacityError, QueueFullError: the request is not queued.
         """
-        if not self._runners:
-            raise IVGError("the engine is closed")
+        self._check_open()
         (request,) = self._factory.create([prompt], params, None if seed is None else [seed])
         if is_streamed and params.pool_size == 1:
             request.max_burst_steps = self.config.max_stream_steps
         return self._loop.submit(request)
 
     def abort(self, request_id: int) -> bool:
-        """Ends a request; the next step returns what it has. False if it has ended already."""
-        return self._loop.abort(request_id)
+        """Ends a request; the next step returns what it has. False if it has ended already, and
+        where the engine is closed.
+
+        Raises:
+            InvalidParameterError: `request_id` is no integer.
+        """
+        check_integer("request_id", request_id, -(2**63))
+        return bool(self._runners) and self._loop.abort(request_id)
 
     def take_decided(self, request_id: int) -> list[int]:
         """Tokens decided since the last call: every surviving candidate shares them, so the output
-        will too. None once the request has ended; its output has the rest."""
+        will too. None of them once the request has ended; its output has the rest."""
         return self._scheduler.take_decided(request_id).tolist()
 
     def step(self) -> list[Ended]:
@@ -331,16 +335,19 @@ class Engine:
         self._check_usable()
         return self._loop.step()
 
-    def _check_usable(self) -> None:
+    def _check_open(self) -> None:
         if not self._runners:
             raise IVGError("the engine is closed")
+
+    def _check_usable(self) -> None:
+        self._check_open()
         if self._loop.is_called_by_a_scorer:
-            raise IVGError("a scorer cannot run the engine that waits for its scores")
+            raise IVGError("a scorer cannot run or close the engine that waits for its scores")
 
     @property
     def has_room(self) -> bool:
         """Whether one more request may wait."""
-        return self._loop.has_room
+        return bool(self._runners) and self._loop.has_room
 
     @property
     def has_unfinished(self) -> bool:
@@ -349,7 +356,8 @@ class Engine:
 
     def warmup(self) -> None:
         """Runs small requests of every kind that the models serve, so that the first real one pays
-        for no lazy work: with `compile`, minutes of it. Leaves nothing behind but that.
+        for no lazy work: with `compile`, minutes of it. Leaves nothing behind but that. A
+        ValueFunction given as `value` is called too, with a few short texts.
 
         Raises:
             Exception: what a request would raise, such as UnsupportedModelError of a model that
@@ -359,7 +367,9 @@ class Engine:
         warm_up(self)
 
     def can_serve(self, params: SearchParams) -> bool:
-        """Whether a request with these would be accepted."""
+        """Whether a request with these would be accepted; False where the engine is closed."""
+        if not self._runners:
+            return False
         try:
             self._loop.check(self._factory.create([WARMUP_PROMPT], params, None))
         except IVGError:
@@ -367,7 +377,12 @@ class Engine:
         return True
 
     def use_scorer_threads(self) -> None:
-        """Has callables run on threads of their own, also without a `scorer_timeout_s`."""
+        """Has callables run on threads of their own, also without a `scorer_timeout_s`.
+
+        Raises:
+            IVGError: the engine is closed, or has requests.
+        """
+        self._check_open()
         if self.has_unfinished:
             raise IVGError("an engine with requests cannot change how they are scored")
         self._loop.use_scorer_threads(self.config.scorer_timeout_s)
@@ -392,8 +407,20 @@ class Engine:
         """Frees the KV pools and gives the models their own attention back; twice is fine.
 
         Closes the ValueFunction that was given as `value`, if it has `close()`; not so with
-        `keep_value`, where it is for others too.
+        `keep_value`, where it is for others too. Requests that have not ended are dropped.
+
+        Raises:
+            IVGError: one of its scorers calls, or a thread while another one runs it.
         """
+        if not self._runners or not hasattr(self, "_loop"):
+            self._close(keep_value)
+            return
+        self._check_usable()
+        with self._loop.steps:
+            self._close(keep_value)
+            self._loop.close()
+
+    def _close(self, keep_value: bool) -> None:
         close_value = getattr(self._value.function, "close", None)
         self._value = ExplicitValue()
         if close_value is not None and not keep_value:
@@ -401,11 +428,10 @@ class Engine:
         # The first of several roles that share a module saw its own attention: it goes last.
         for runner in reversed(self._runners.values()):
             runner.close()
-        if self._runners and hasattr(self, "_loop"):
-            self._loop.close()
         self._runners = {}
 
     def __enter__(self) -> Self:
+        self._check_open()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -22,6 +22,7 @@ from ivg_fast.devices import on_device
 from ivg_fast.draws import BurstResult
 from ivg_fast.models.text_value import TextValueModel
 from ivg_fast.models.values import call_scorer
+from ivg_fast.one_thread import OneThread
 from ivg_fast.outputs import RequestOutput
 from ivg_fast.params import EngineConfig, ScoreInput, Scorer
 from ivg_fast.request import LiveRequest
@@ -69,6 +70,7 @@ class RequestLoop:
         self._live: dict[int, LiveRequest] = {}
         self._lock = threading.RLock()  # a request in a plan is in _live too
         self._wake = threading.Event()
+        self.steps = OneThread()
         self._threads: ScorerThreads | None = None
         if config.scorer_timeout_s is not None:
             self.use_scorer_threads(config.scorer_timeout_s)
@@ -82,7 +84,8 @@ class RequestLoop:
     @property
     def is_called_by_a_scorer(self) -> bool:
         """Whether a scorer asks that the engine waits for."""
-        return self.is_busy or (self._threads is not None and self._threads.is_current())
+        is_inside = self.is_busy and self.steps.is_mine
+        return is_inside or (self._threads is not None and self._threads.is_current())
 
     @property
     def has_unfinished(self) -> bool:
@@ -129,6 +132,15 @@ class RequestLoop:
         on_ended: Callable[[int, RequestOutput | BaseException], object] | None = None,
     ) -> list[RequestOutput]:
         """Runs these to their ends, beside what is there already; see Engine.generate."""
+        with self.steps:
+            return self._run_all(requests, use_tqdm, on_ended)
+
+    def _run_all(
+        self,
+        requests: Sequence[LiveRequest],
+        use_tqdm: bool,
+        on_ended: Callable[[int, RequestOutput | BaseException], object] | None,
+    ) -> list[RequestOutput]:
         self.check(requests)
         outputs: dict[int, RequestOutput] = {}
         failures: list[tuple[int, BaseException]] = []
@@ -165,12 +177,13 @@ class RequestLoop:
     def step(self) -> list[Ended]:
         """Runs one burst and the scoring behind it, or, where there is nothing but scorers to wait
         for, waits for one; what has ended since the last call."""
-        ended, self.uncollected = self.uncollected, []
-        try:
-            return ended + self.run_step()
-        except BaseException:
-            self.uncollected = ended + self.uncollected
-            raise
+        with self.steps:
+            ended, self.uncollected = self.uncollected, []
+            try:
+                return ended + self.run_step()
+            except BaseException:
+                self.uncollected = ended + self.uncollected
+                raise
 
     def run_step(self) -> list[Ended]:
         """Like `step`, but leaves alone what waits from before."""
@@ -369,7 +382,9 @@ class RequestLoop:
                 del self._live[request_id]
 
     def close(self) -> None:
-        """Lets go of the models' pools, which the block copier holds too."""
+        """Lets go of all requests, and of the models' pools, which the block copier holds too."""
+        self._live.clear()
+        self.uncollected.clear()
         del self._burst
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -170,7 +170,7 @@ class SearchParams:
     def _freeze_stops(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         for name, value in (("stop", stop), ("stop_token_ids", self.stop_token_ids)):
-            if not isinstance(value, Iterable):
+            if not isinstance(value, Iterable) or isinstance(value, bytes | Mapping):
                 raise InvalidParameterError(name, value, "must be a sequence")
             object.__setattr__(self, name, tuple(value))
         if not all(isinstance(stop, str) and stop for stop in self.stop):

@@ -106,7 +106,8 @@ class LiveRequest:
                 raise InvalidParameterError(
                     "prompts",
                     explicit.text if explicit.text is not None else explicit.token_ids.tolist(),
-                    "must be the same for value and tuned, which share their trunk",
+                    "must be the same for value and tuned, which share their trunk (a value on a "
+                    "trunk of its own may read another)",
                 )
         request = cls(
             params=params,

@@ -19,11 +19,11 @@ from ivg_fast.models.batch import BLOCK_SIZE, ForwardBatch
 from ivg_fast.models.checkpoints import check_checkpoints, check_pair
 from ivg_fast.models.loading import kwargs_of, load_model, load_tokenizer
 from ivg_fast.models.runner import ModelRunner
-from ivg_fast.models.text_value import TextValueModel, load_value
+from ivg_fast.models.text_value import TextValueModel, check_function, load_value
 from ivg_fast.models.value_head import as_value_model
 from ivg_fast.models.values import TokenScorer, ValueFunction, call_scorer
 from ivg_fast.models.vocabulary import check_same_vocabulary, load_guide_tokenizer
-from ivg_fast.params import Guidance, ScoreInput, Scorer
+from ivg_fast.params import Guidance, ScoreInput, Scorer, check_integer
 from ivg_fast.rendering import PromptInput, PromptRenderer, checked_token_id, tokenizers_by_role
 from ivg_fast.request import GUIDES, decode
 from ivg_fast.templates import Template
@@ -61,8 +61,7 @@ class ResponseScorer:
         max_batch_tokens: int = 2048,
     ) -> None:
         check_pair(tuned, untuned)
-        if max_batch_tokens < 1:
-            raise InvalidParameterError("max_batch_tokens", max_batch_tokens, "must be positive")
+        check_integer("max_batch_tokens", max_batch_tokens, 1)
         self._max_batch_tokens = max_batch_tokens
         self._tokenizer = tokenizer
         of_value = value.tokenizer if isinstance(value, TextValueModel) else None
@@ -71,10 +70,10 @@ class ResponseScorer:
         self._renderer = PromptRenderer(by_role, templates)
         self._function: ValueFunction | None = None
         if value is not None and not isinstance(value, nn.Module):
-            if not callable(value):
-                raise InvalidParameterError("value", value, "must be a model or a ValueFunction")
+            check_function(value)
             self._function, value = value, None
         self._runners: dict[str, ModelRunner] = {}
+        self._is_closed = False
         try:
             for role, model in (("tuned", tuned), ("untuned", untuned), ("value", value)):
                 if model is not None:
@@ -173,12 +172,18 @@ class ResponseScorer:
             InvalidParameterError, CapacityError: about any of them; nothing has been computed then.
             ScorerError: a callable failed, or a score is not finite.
         """
+        if self._is_closed:
+            raise IVGError("the scorer is closed")
+        _check_list("prompts", prompts)
+        _check_list("responses", responses)
         count = len(prompts)
         if len(responses) != count:
             raise InvalidParameterError("responses", len(responses), f"must be {count}")
-        ends = [ends_text] * count if isinstance(ends_text, bool) else list(ends_text)
-        if len(ends) != count:
-            raise InvalidParameterError("ends_text", len(ends), f"must be one, or {count}")
+        ends = [ends_text] * count if isinstance(ends_text, bool) else ends_text
+        _check_list("ends_text", ends)
+        if len(ends) != count or not all(isinstance(end, bool | np.bool_) for end in ends):
+            raise InvalidParameterError("ends_text", ends, f"must be a bool, or {count} of them")
+        ends = [bool(end) for end in ends]
         function = self._text_function(scorer)
         if function is not None:
             role = "base" if callable(scorer) else "value"
@@ -204,6 +209,7 @@ class ResponseScorer:
     def close(self) -> None:
         """Frees what it holds and gives the models their own attention back; twice is fine. Closes
         the ValueFunction that was given as `value`, if it has `close()`."""
+        self._is_closed = True
         close_value = getattr(self._function, "close", None)
         self._function = None
         if close_value is not None:
@@ -314,8 +320,6 @@ class ResponseScorer:
         self, roles: Sequence[str], texts: Sequence[list[tuple[list[int], int]]]
     ) -> Floats:
         """float64 [B]; `texts` has for each its roles' tokens."""
-        if not self._runners:
-            raise IVGError("the scorer is closed")
         counts = [text[0][1] for text in texts]
         if roles == GUIDES["explicit"]:
             whole = [text[0][0] for text in texts]
@@ -345,3 +349,9 @@ class ResponseScorer:
         tables = [list(range(a, b)) for a, b in pairwise(bounds.tolist())]
         batch = ForwardBatch.of_texts(texts, tables, num_wanted=num_wanted, device=runner.device)
         return runner.hidden(batch) if role == "value" else runner.forward(batch)
+
+
+def _check_list(name: str, values: Any) -> None:
+    is_list = isinstance(values, Sequence | np.ndarray) and not isinstance(values, str | bytes)
+    if not is_list:
+        raise InvalidParameterError(name, values, "must be a list")

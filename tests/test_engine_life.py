@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -37,6 +38,7 @@ def engine():
 def test_a_closed_engine_refuses_and_holds_no_pools() -> None:
     engine = Engine(tiny_model("gpt2", seed=1), tiny_tokenizer(), config=CONFIG)
     engine.generate("abc", PARAMS)
+    queued = engine.add_request("abc", PARAMS)
     pools = [weakref.ref(pool) for runner in engine._runners.values() for pool in runner.pools]
     assert all(pool() is not None for pool in pools)
     engine.close()
@@ -47,21 +49,32 @@ def test_a_closed_engine_refuses_and_holds_no_pools() -> None:
         lambda: engine.generate("abc", PARAMS),
         lambda: engine.add_request("abc", PARAMS),
         engine.step,
+        engine.warmup,
+        engine.use_scorer_threads,
+        engine.__enter__,
     ):
         with pytest.raises(IVGError, match="the engine is closed"):
             call()
+    assert not engine.has_unfinished  # a loop over it ends
+    assert not engine.has_room
+    assert not engine.can_serve(PARAMS)
+    assert not engine.abort(queued)
 
 
-def test_engines_that_share_a_module() -> None:
-    model = tiny_model("gpt2", seed=1)
+@pytest.mark.parametrize("is_last_first", [True, False])
+def test_engines_that_share_a_module(is_last_first: bool) -> None:
+    """Whichever closes last gives back what was there before either."""
+    model = tiny_model("gpt2", seed=1, pad_token_id=2)
     stock = model.config._attn_implementation
-    first = Engine(model, tiny_tokenizer(), config=CONFIG)
-    second = Engine(model, tiny_tokenizer(), config=CONFIG)
-    (expected,) = second.generate("abc", PARAMS)
-    second.close()
-    assert first.generate("abc", PARAMS)[0].outputs == expected.outputs
-    first.close()
+    assert stock != "eager"
+    engines = [Engine(model, tiny_tokenizer(), config=CONFIG) for _ in range(2)]
+    closing = engines[::-1] if is_last_first else engines
+    (expected,) = closing[0].generate("abc", PARAMS)
+    closing[0].close()
+    assert closing[1].generate("abc", PARAMS)[0].outputs == expected.outputs
+    closing[1].close()
     assert model.config._attn_implementation == stock
+    assert model.config.pad_token_id == 2
 
 
 def test_roles_that_share_a_module_give_its_attention_back() -> None:
@@ -75,10 +88,49 @@ def test_a_scorer_cannot_run_its_own_engine(engine: Engine) -> None:
     def asks(inputs):
         return [len(engine.generate(i.response, PARAMS)) for i in inputs]
 
-    with pytest.raises(ScorerError, match="cannot run the engine that waits for its scores") as e:
+    with pytest.raises(ScorerError, match="cannot run or close the engine that waits") as e:
         engine.generate(["abc", "abc", "abc"], [chunked(asks), PARAMS, chunked(zeros)])
     assert e.value.outputs[0] is None
     assert all(output is not None for output in e.value.outputs[1:])
+
+
+@pytest.mark.parametrize("is_late", [True, False])
+def test_a_scorer_cannot_close_its_own_engine(is_late: bool) -> None:
+    config = EngineConfig(num_blocks=80, scorer_timeout_s=60 if is_late else None)
+    with Engine(tiny_model("gpt2", seed=1), tiny_tokenizer(), config=config) as engine:
+
+        def closes(inputs):
+            engine.close()
+            return zeros(inputs)
+
+        with pytest.raises(ScorerError, match="cannot run or close the engine that waits"):
+            engine.generate("abc", chunked(closes))
+        assert engine.generate("abc", PARAMS)
+
+
+def test_a_second_thread_is_refused(engine: Engine) -> None:
+    """While one thread runs the engine, another neither runs nor closes it; afterwards it may."""
+    refused = []
+
+    def asks_elsewhere(inputs):
+        def intrude() -> None:
+            for call in (lambda: engine.generate("abc", PARAMS), engine.step, engine.close):
+                with pytest.raises(IVGError, match="another thread runs this engine") as error:
+                    call()
+                refused.append(error.value)
+
+        thread = threading.Thread(target=intrude)
+        thread.start()
+        thread.join()
+        return zeros(inputs)
+
+    (output,) = engine.generate("abc", chunked(asks_elsewhere))
+    assert len(refused) >= 3
+    outputs = []
+    thread = threading.Thread(target=lambda: outputs.extend(engine.generate("abc", chunked(zeros))))
+    thread.start()
+    thread.join()
+    assert outputs[0].outputs[0].token_ids == output.outputs[0].token_ids
 
 
 def test_a_scorer_may_abort_requests(engine: Engine) -> None:

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine_cases import VALUES, Family, NaiveTextValue, fresh_seed, pair_tokenizer
@@ -193,7 +194,9 @@ def test_callables() -> None:
         ([29], [1], {}, "prompts must be token ids of tuned"),
         ("!", [1.5], {}, "responses must be"),
         ("!", None, {}, "responses must be texts or token ids, got None"),
-        ("!", "!", {"ends_text": [True, False]}, "ends_text must be one, or 1, got 2"),
+        ("!", "!", {"ends_text": [True, False]}, "ends_text must be a bool, or 1 of them, got"),
+        ("!", "!", {"ends_text": ["no"]}, "ends_text must be a bool, or 1 of them, got"),
+        ("!", "!", {"ends_text": None}, "ends_text must be a list, got None"),
     ],
 )
 def test_what_cannot_be_scored(prompt: Any, response: Any, options: Any, message: str) -> None:
@@ -213,8 +216,13 @@ def test_limits_and_missing_parts() -> None:
             scorer.score(["!"], ["!", "!"], "explicit")
         with pytest.raises(InvalidParameterError, match="scorer must be 'implicit', 'explicit' or"):
             scorer.score(["!"], ["!"], "none")
-    with pytest.raises((InvalidParameterError, IVGError)):
-        scorer.score(["!"], ["!"], "explicit")  # closed
+        for prompts, responses in (("!", ["!"]), (["!"], "!"), (None, ["!"]), (iter("!"), ["!"])):
+            with pytest.raises(InvalidParameterError, match="must be a list"):
+                scorer.score(prompts, responses, "explicit")
+        assert scorer.score(np.array([[1, 2]]), [[3]], "explicit", ends_text=[np.True_])
+    for kind in ("explicit", len):
+        with pytest.raises(IVGError, match="the scorer is closed"):
+            scorer.score(["!"], ["!"], kind)
     roles = given.roles()
     with pytest.raises(InvalidParameterError, match="untuned must be given too"):
         ResponseScorer(tuned=roles["tuned"])
@@ -224,8 +232,9 @@ def test_limits_and_missing_parts() -> None:
         ResponseScorer(tuned=tiny_model("gpt2").to("meta"), untuned=roles["untuned"])
     with pytest.raises(InvalidParameterError, match="value must be a model or a ValueFunction"):
         ResponseScorer(value=3)
-    with pytest.raises(InvalidParameterError, match="max_batch_tokens must be positive, got 0"):
-        ResponseScorer(max_batch_tokens=0)
+    for wrong in (0, 1.5, None, True, "a"):
+        with pytest.raises(InvalidParameterError, match="max_batch_tokens must be an integer"):
+            ResponseScorer(max_batch_tokens=wrong)
     with pytest.raises(VocabularyMismatchError):
         ResponseScorer(
             given.tokenizer(), value=roles["value"], tokenizers={"value": pair_tokenizer()}

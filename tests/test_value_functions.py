@@ -6,11 +6,14 @@ from __future__ import annotations
 import logging
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
+import torch
 from engine_cases import (
     Family,
     compare,
@@ -21,18 +24,22 @@ from engine_cases import (
     run_engine,
 )
 from safetensors.torch import save_file
+from tiny_models import tiny_model
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from ivg_fast import (
     CapacityError,
     Engine,
     EngineConfig,
     InvalidParameterError,
+    ResponseScorer,
     ScoreInput,
     SearchParams,
     UnsupportedModelError,
     VocabularyMismatchError,
 )
-from ivg_fast.models.value_head import ScalarHeadModel, ValueModel
+from ivg_fast.models.text_value import TextValueModel
+from ivg_fast.models.value_head import ScalarHeadModel, ValueModel, load_value_model
 from ivg_fast.models.values import ExplicitValue
 from ivg_fast.request import ROLES, LiveRequest, RolePrompt
 
@@ -87,6 +94,62 @@ def test_an_engine_that_fails_leaves_the_value_function_open() -> None:
     with pytest.raises(VocabularyMismatchError):
         Engine(family("scalar").roles()["base"], pair_tokenizer(), value=value)
     assert not value.is_closed
+
+
+def test_a_value_model_that_is_closed_or_has_no_memory() -> None:
+    roles = family("text").roles()
+    value = TextValueModel(roles.pop("value"), pair_tokenizer())
+    with Engine(roles["base"], family("text").tokenizer(), value=value):
+        pass
+    assert value.is_closed
+    for taker in (partial(Engine, roles["base"], family("text").tokenizer()), ResponseScorer):
+        with pytest.raises(InvalidParameterError, match="value must not be closed"):
+            taker(value=value)
+    for num_blocks in (0, -3, 1.5):
+        with pytest.raises(InvalidParameterError, match="num_blocks must be an integer"):
+            TextValueModel(value.runner.model, value.tokenizer, num_blocks=num_blocks)
+
+
+@pytest.mark.parametrize("role", ["base", "value"])
+def test_from_pretrained_takes_folders(role: str, tmp_path: Path) -> None:
+    given = {"base": tmp_path, "value": LengthValue()} if role == "value" else {"base": None}
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(InvalidParameterError, match=f"{role} must be a folder or hub name"):
+        Engine.from_pretrained(**given)
+
+
+@pytest.mark.parametrize("kind", ["sequence", "token"])
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_an_adapted_reward_model(kind: str, is_folder: bool, tmp_path: Path) -> None:
+    """PEFT keeps the trained head beside the first one; against the adapted model itself."""
+    is_sequence = kind == "sequence"
+    auto = AutoModelForSequenceClassification if is_sequence else AutoModelForTokenClassification
+    config = tiny_model("llama").config
+    config.num_labels, config.pad_token_id = 1, 0
+    torch.manual_seed(3)
+    auto.from_config(config).save_pretrained(tmp_path / "plain")
+    plain = auto.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    lora = peft.LoraConfig(
+        r=3,
+        target_modules=["q_proj", "up_proj"],
+        task_type="SEQ_CLS" if is_sequence else "TOKEN_CLS",
+    )
+    model = peft.get_peft_model(plain, lora)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape))
+    model.eval()
+    ids = [[5, 6, 7, 8, 9], [3, 4]]
+    with torch.inference_mode():
+        exact = [float(model(torch.tensor([text])).logits.reshape(-1)[-1]) for text in ids]
+    if is_folder:
+        model.save_pretrained(tmp_path / "adapter")
+        loaded = load_value_model(tmp_path / "adapter")
+    with ResponseScorer(value=loaded if is_folder else model) as scorer:
+        scores = scorer.score([text[:1] for text in ids], [text[1:] for text in ids], "explicit")
+    assert scores == pytest.approx(exact, abs=1e-5)
+    assert abs(exact[0] - exact[1]) > 1e-3
 
 
 def test_a_value_that_is_none() -> None:

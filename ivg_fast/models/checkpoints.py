@@ -47,6 +47,9 @@ def check_checkpoints(
     check_pair(paths.get("tuned"), paths.get("untuned"))
     for role, path in paths.items():
         if path is not None:
+            if not isinstance(path, str | os.PathLike):
+                requirement = "must be a folder or hub name; the constructor takes what is loaded"
+                raise InvalidParameterError(role, path, requirement)
             own = kwargs_of(role, model_kwargs)
             _check(role, os.fspath(path), {k: v for k, v in own.items() if k in PLACE_KWARGS})
 

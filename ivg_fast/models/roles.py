@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ivg_fast.errors import InvalidParameterError
 from ivg_fast.models.checkpoints import check_checkpoints
 from ivg_fast.models.loading import kwargs_of, load_model, load_tokenizer
 from ivg_fast.models.text_value import load_value
@@ -34,8 +35,11 @@ def load_roles(
     Raises:
         As Engine.from_pretrained.
     """
+    base_path = paths["base"]
+    if base_path is None:
+        raise InvalidParameterError("base", None, "must be a folder or hub name")
     check_checkpoints(paths, model_kwargs)
-    base = load_tokenizer(paths["base"], kwargs_of("base", model_kwargs))  # type: ignore[arg-type]
+    base = load_tokenizer(base_path, kwargs_of("base", model_kwargs))
     models: dict[str, Any] = dict.fromkeys(paths)
     tokenizers = {"base": base}
     for role, path in paths.items():

@@ -24,6 +24,7 @@ from ivg_fast.models.compiled import compiled_forward
 from ivg_fast.models.fast_modules import FastModules
 from ivg_fast.models.selftest import check_model
 from ivg_fast.models.shared_pieces import SharedPieces
+from ivg_fast.models.stock import StockConfig
 from ivg_fast.models.value_head import ScalarHeadModel, ValueModel
 
 
@@ -86,10 +87,9 @@ class ModelRunner:
 
         # Packed rows hold no padding: a token with the pad's id is a token, and no forward should
         # look for it (transformers would, and warn).
-        self._pad_token_id = self.config.pad_token_id
+        self._stock: StockConfig | None = StockConfig.hold(self.config)
+        self.stock_attention = self._stock.attention
         self.config.pad_token_id = None
-        stock = self.config._attn_implementation
-        self.stock_attention: str = "eager" if stock in (None, ATTENTION_NAME) else stock
         # A compiled graph has its own forms of these modules.
         self._fast_modules = FastModules(torch.nn.Module() if can_compile else self.model)
         self._compiled: Callable[..., Any] | None = None
@@ -243,15 +243,20 @@ class ModelRunner:
     def release(self) -> None:
         """Gives the model back as it was, until the next forward takes it again. Meanwhile it may
         run, and its weights may change; the pools keep what they hold."""
-        self.config.pad_token_id = self._pad_token_id
+        if self._stock is None:
+            return
+        self._stock.give_back_pad()
         self.use_attention(self.stock_attention)
         self._fast_modules.forget()
 
     def close(self) -> None:
-        """Frees the pools and gives the model its own attention back."""
+        """Frees the pools and gives the model its own attention back; twice is fine."""
         self._layers = []
         self.num_blocks = 0
         self.release()
+        if self._stock is not None:
+            self._stock.let_go()
+            self._stock = None
 
     @property
     def _caches(self) -> list[LayerCache]:

@@ -25,7 +25,7 @@ from ivg_fast.models.value_head import ValueModel, as_value_model, load_value_mo
 from ivg_fast.models.values import TokenScorer
 from ivg_fast.models.vocabulary import load_guide_tokenizer
 from ivg_fast.ops.block_copy import BlockCopier
-from ivg_fast.params import ScoreInput
+from ivg_fast.params import ScoreInput, check_integer
 
 logger = logging.getLogger("ivg_fast")
 
@@ -50,6 +50,7 @@ class TextValueModel:
 
     Attributes:
         num_tokens_forwarded: tokens computed so far.
+        is_closed: whether `close` was called; an engine whose `value` this is does when it closes.
 
     Raises:
         UnsupportedModelError: the model cannot be served.
@@ -63,7 +64,10 @@ class TextValueModel:
             raise InvalidParameterError(
                 "tokenizer", type(tokenizer).__name__, "must have an end-of-text token"
             )
+        if num_blocks is not None:
+            check_integer("num_blocks", num_blocks, 1)
         self.tokenizer = tokenizer
+        self.is_closed = False
         self.num_tokens_forwarded = 0
         self.num_blocks = num_blocks
         self._prefix = _tokens_in_front(tokenizer)
@@ -82,7 +86,7 @@ class TextValueModel:
         """Frees the KV pools and gives the model its own attention back."""
         self.runner.close()
         self._cache = None
-        self.num_blocks = 0
+        self.is_closed = True
         vars(self).pop("_copy", None)
 
     def encode(self, item: ScoreInput) -> list[int]:
@@ -99,7 +103,7 @@ class TextValueModel:
             CapacityError: a text that is longer than the model's positions, or than its KV pool.
             InvalidParameterError: a text without tokens.
         """
-        if self.num_blocks == 0:
+        if self.is_closed:
             raise IVGError("the value model is closed")
         if not inputs:
             return []
@@ -171,6 +175,14 @@ class TextValueModel:
         )
         self.num_tokens_forwarded += batch.input_ids.shape[1]
         return self.runner.hidden(batch)
+
+
+def check_function(value: Any) -> None:
+    """InvalidParameterError unless it can be called as a ValueFunction."""
+    if not callable(value):
+        raise InvalidParameterError("value", value, "must be a model or a ValueFunction")
+    if isinstance(value, TextValueModel) and value.is_closed:
+        raise InvalidParameterError("value", value, "must not be closed")
 
 
 def _tokens_in_front(tokenizer: Any) -> list[int]:

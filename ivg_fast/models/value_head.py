@@ -21,8 +21,15 @@ from transformers.utils.hub import cached_file
 from ivg_fast.errors import InvalidParameterError, UnsupportedModelError
 from ivg_fast.models.attention import ATTENTION_NAME
 from ivg_fast.models.loading import check_complete, checked_dtype, place
+from ivg_fast.models.support import plain_network
 
 HEAD_NAME = "score_head.weight"
+
+# By PEFT's names of tasks.
+_CLASSIFIERS: dict[Any, Any] = {
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+}
 
 
 class ValueModel(torch.nn.Module):
@@ -89,7 +96,8 @@ class ScalarHeadModel(ValueModel):
 
 
 def as_value_model(model: torch.nn.Module) -> ValueModel:
-    """A value model in hand, or the scalar head of a sequence or token classification model.
+    """A value model in hand, or the scalar head of a sequence or token classification model, with a
+    PEFT adapter too.
 
     Raises:
         InvalidParameterError: a classification model with another number of labels than one.
@@ -98,6 +106,7 @@ def as_value_model(model: torch.nn.Module) -> ValueModel:
     """
     if isinstance(model, ValueModel):
         return model
+    model = plain_network(model, "value")
     kind = type(model).__name__
     if not is_classifier(kind):
         raise UnsupportedModelError(
@@ -106,7 +115,10 @@ def as_value_model(model: torch.nn.Module) -> ValueModel:
         )
     network: Any = model
     check_one_label(network.config)
-    head = getattr(network, "score", getattr(network, "classifier", None))
+    head: Any = getattr(network, "score", getattr(network, "classifier", None))
+    if hasattr(head, "modules_to_save"):  # PEFT keeps a trained head beside the first one
+        (adapter,) = head.active_adapters
+        head = head.modules_to_save[adapter]
     if not isinstance(head, torch.nn.Linear) or network.base_model is network:
         raise UnsupportedModelError(f"value: {kind} has no linear `score` or `classifier` head")
     scalar = ScalarHeadModel(network.base_model, head)
@@ -160,7 +172,7 @@ def load_value_model(
     model.safetensors.index.json. With `score_head.weight` [V, H] among the weights it is a
     ValueHeadModel, whose backbone stands under the names that its causal language model uses
     (`transformer.*`, `model.*`). With a sequence or token classification model for its architecture
-    it is a ScalarHeadModel. Pickles are never opened.
+    it is a ScalarHeadModel; so is a folder of a PEFT adapter of one. Pickles are never opened.
 
     Args:
         path: the folder.
@@ -173,10 +185,14 @@ def load_value_model(
     """
     name = os.fspath(path)
     dtype = checked_dtype(dtype)
+    if _find(name, "adapter_config.json") is not None:
+        model = _load_adapter(name, dtype)
+        place(model, name, device, dtype)
+        return model
     files = _weight_files(name)
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if any(HEAD_NAME in _names(file) for file in files):
-        model: ValueModel = _load_vocabulary_head(name, files, config, dtype)
+        model = _load_vocabulary_head(name, files, config, dtype)
     else:
         model = _load_scalar_head(name, config, dtype)
     place(model, name, device, dtype)
@@ -229,6 +245,28 @@ def _load_scalar_head(name: str, config: Any, dtype: torch.dtype | str) -> Scala
     model = as_value_model(network)
     assert isinstance(model, ScalarHeadModel)
     return model
+
+
+def _load_adapter(name: str, dtype: torch.dtype | str) -> ValueModel:
+    """A classification model with one label and its PEFT adapter."""
+    import peft
+
+    adapter = peft.PeftConfig.from_pretrained(name)
+    auto = _CLASSIFIERS.get(adapter.task_type)
+    if auto is None:
+        raise InvalidParameterError(
+            "value",
+            name,
+            f"must be an adapter of task type {' or '.join(_CLASSIFIERS)}, not {adapter.task_type}",
+        )
+    network = auto.from_pretrained(
+        adapter.base_model_name_or_path,
+        num_labels=1,  # the head itself is the adapter's
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    return as_value_model(peft.PeftModel.from_pretrained(network, name))
 
 
 def _names(file: str) -> set[str]:
