@@ -39,6 +39,9 @@ def checked_device(device: torch.device | str | None) -> torch.device:
 
 def check_placed(model: nn.Module, role: str, device: torch.device) -> None:
     """InvalidParameterError unless all weights are on `device`, the CPU or a GPU: the base's."""
+    if not isinstance(model, nn.Module):
+        requirement = "must be a torch module; Engine.from_pretrained takes paths"
+        raise InvalidParameterError(role, model, requirement)
     for parameter in model.parameters():
         if parameter.device.type not in ("cpu", "cuda"):
             requirement = "must be on the CPU or a CUDA device"

@@ -24,7 +24,7 @@ from ivg_fast.models.shared_pieces import GuideVocabulary, checked_guide_vocabul
 from ivg_fast.models.text_value import TextValueModel, check_function
 from ivg_fast.models.value_head import as_value_model
 from ivg_fast.models.values import ExplicitValue, TokenScorer, ValueFunction
-from ivg_fast.models.vocabulary import check_same_vocabulary, ends_of_text
+from ivg_fast.models.vocabulary import ends_of_text, shared_vocab_size
 from ivg_fast.ops.block_copy import BlockCopier
 from ivg_fast.outputs import RequestOutput
 from ivg_fast.params import EngineConfig, SearchParams, check_integer
@@ -103,17 +103,18 @@ class Engine:
             self._value, value = ExplicitValue("text", function=value), None
         elif value is not None:
             value = as_value_model(value)
-        models = {"base": base_model, "tuned": tuned, "untuned": untuned, "value": value}
+        models: dict[str, Any] = {
+            "base": base_model,
+            "tuned": tuned,
+            "untuned": untuned,
+            "value": value,
+        }
         self._runners: dict[str, ModelRunner] = {}
         self._device = device_of(base_model)
         try:
             for role, model in models.items():
                 if model is None and role != "base":
                     continue
-                if not isinstance(model, nn.Module):
-                    raise InvalidParameterError(
-                        role, model, "must be a torch module; Engine.from_pretrained takes paths"
-                    )
                 check_placed(model, role, self._device)
                 with on_device(self._device):
                     self._runners[role] = ModelRunner(
@@ -183,7 +184,6 @@ class Engine:
 
     def _set_up(self) -> None:
         base = self._runners["base"]
-        self.vocab_size = base.vocab_size
         if "value" in self._runners:
             value, tuned = self._runners["value"], self._runners.get("tuned")
             is_shared = tuned is not None and value.shares_trunk_with(tuned)
@@ -198,15 +198,13 @@ class Engine:
             self.shared_pieces = share_pieces(
                 self._runners, self._tokenizers, self._min_share, self._renderer.put_behind
             )
-        for runner in self._runners.values():
-            self.vocab_size = min(self.vocab_size, runner.vocab_size)
-        if self.tokenizer is not None:
-            for role, runner in self._runners.items():
-                own = None if role in self.shared_pieces else self._tokenizers.get(role)
-                size = check_same_vocabulary(
-                    self.tokenizer, own, base.vocab_size, runner.vocab_size, other_name=role
-                )
-                self.vocab_size = min(self.vocab_size, size)
+        own = {role: t for role, t in self._tokenizers.items() if role not in self.shared_pieces}
+        self.vocab_size = shared_vocab_size(
+            self.tokenizer,
+            base.vocab_size,
+            own,
+            {r: x.vocab_size for r, x in self._runners.items()},
+        )
         eos_ids, eos_id = ends_of_text(self.tokenizer, base.eos_token_ids, self.vocab_size)
         runners = list(self._runners.values())
         num_blocks = allocate_pools(runners, self.config, self._value.function)
@@ -227,7 +225,7 @@ class Engine:
             BlockCopier(pools).copy,
             token_scorer,
             self.tokenizer,
-            self._static_bursts(token_scorer),
+            StaticBursts.of_engine(self._runners, self.vocab_size, token_scorer, self.config),
         )
         scorer = partial(ChunkScorer, self._runners, token_scorer, eos_id, self.tokenizer)
         self._loop = RequestLoop(self._scheduler, burst, scorer, self.tokenizer, self.config)
@@ -240,18 +238,6 @@ class Engine:
             eos_ids,
             eos_id,
             self._value,
-        )
-
-    def _static_bursts(self, token_scorer: TokenScorer) -> StaticBursts | None:
-        """What runs bursts without the host, None where it looks at every step."""
-        if self._device.type == "cpu":
-            return None
-        return StaticBursts(
-            self._runners,
-            self.vocab_size,
-            token_scorer,
-            max_steps=self.config.max_burst_steps,
-            can_capture=self.config.cuda_graphs,
         )
 
     # --- requests --------------------------------------------------------------------------------

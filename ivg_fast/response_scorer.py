@@ -22,7 +22,7 @@ from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.text_value import TextValueModel, check_function, load_value
 from ivg_fast.models.value_head import as_value_model
 from ivg_fast.models.values import TokenScorer, ValueFunction, call_scorer
-from ivg_fast.models.vocabulary import check_same_vocabulary, load_guide_tokenizer
+from ivg_fast.models.vocabulary import load_guide_tokenizer, shared_vocab_size
 from ivg_fast.params import Guidance, ScoreInput, Scorer, check_integer
 from ivg_fast.rendering import PromptInput, PromptRenderer, checked_token_id, tokenizers_by_role
 from ivg_fast.request import GUIDES, decode
@@ -82,18 +82,9 @@ class ResponseScorer:
                     support.check_on_cpu(model, role)
                     model = as_value_model(model) if role == "value" else model
                     self._runners[role] = ModelRunner(model, role=role)
-            sizes = [runner.vocab_size for runner in self._runners.values()]
-            self._vocab_size = min(sizes, default=0)
-            if tokenizer is not None:
-                for role, runner in self._runners.items():
-                    size = check_same_vocabulary(
-                        tokenizer,
-                        by_role.get(role),
-                        max(sizes),
-                        runner.vocab_size,
-                        other_name=role,
-                    )
-                    self._vocab_size = min(self._vocab_size, size)
+            sizes = {role: runner.vocab_size for role, runner in self._runners.items()}
+            num_ids = max(sizes.values(), default=0)
+            self._vocab_size = shared_vocab_size(tokenizer, num_ids, by_role, sizes)
         except BaseException:
             self._function = None  # it stays as it was given
             self.close()

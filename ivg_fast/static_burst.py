@@ -20,6 +20,7 @@ from ivg_fast.models.values import TokenScorer
 from ivg_fast.ops._sample_args import GuidedSample
 from ivg_fast.ops.packed import upload
 from ivg_fast.ops.step_state import RECORDS
+from ivg_fast.params import EngineConfig
 from ivg_fast.request import LiveRequest
 from ivg_fast.static_forward import StaticForwards
 from ivg_fast.static_key import RowsKey
@@ -72,6 +73,22 @@ class StaticBursts:
         for runner in runners.values():
             for pool in runner.pools:
                 pool[:1].zero_()  # what pads read: finite, whatever was in that memory
+
+    @classmethod
+    def of_engine(
+        cls,
+        runners: Mapping[str, ModelRunner],
+        vocab_size: int,
+        token_scorer: TokenScorer,
+        config: EngineConfig,
+    ) -> StaticBursts | None:
+        """Those of an engine on a GPU; None on the CPU, where the host looks at every step."""
+        if runners["base"].device.type == "cpu":
+            return None
+        max_steps = config.max_burst_steps
+        return cls(
+            runners, vocab_size, token_scorer, max_steps=max_steps, can_capture=config.cuda_graphs
+        )
 
     def __call__(
         self,

@@ -93,7 +93,11 @@ def test_which_thread_calls_and_how() -> None:
     [
         (lambda inputs: 1 / 0, ScorerError, "raised ZeroDivisionError"),
         (lambda inputs: [1.0], ScorerError, "must return 4 scores, got 1"),
-        (lambda inputs: engines[0].step(), ScorerError, "cannot run the engine that waits"),
+        (
+            lambda inputs: engines[0].step(),
+            ScorerError,
+            "cannot run or close the engine that waits",
+        ),
     ],
 )
 def test_errors_of_a_scorer_on_its_thread(scorer, error, message: str) -> None:

@@ -127,3 +127,26 @@ def _pieces(tokenizer: Any) -> tuple[dict[int, str], set[int]]:
 
 def _name(piece: str | None) -> str:
     return "nothing" if piece is None else repr(piece)
+
+
+def shared_vocab_size(
+    tokenizer: Any, num_ids: int, tokenizers: Mapping[str, Any], sizes: Mapping[str, int]
+) -> int:
+    """The ids that models share with the one of `num_ids` ids.
+
+    Args:
+        tokenizer: of those ids; None: nothing but sizes is known.
+        num_ids: ids that it may have.
+        tokenizers: by role, of models that have their own.
+        sizes: ids of each model by role.
+
+    Raises:
+        VocabularyMismatchError: an id means another piece somewhere.
+    """
+    shared = [num_ids, *sizes.values()]
+    if tokenizer is not None:
+        shared += [
+            check_same_vocabulary(tokenizer, tokenizers.get(role), num_ids, size, other_name=role)
+            for role, size in sizes.items()
+        ]
+    return min(shared)
