@@ -68,7 +68,7 @@ $(VENV)/smollm2: $(VENV)/installed
 	touch $@
 
 test-python: $(VENV)/smollm2
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --durations 12
 
 # What a user gets: a wheel from an isolated build, installed elsewhere, imported from another folder.
 test-wheel: $(VENV)/installed
