@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ivg_fast.cli.options import add_fields, fields_of, scorer_of, templates_of
@@ -20,6 +21,7 @@ _METHODS = {
     "eft": SearchParams.eft,
     "cbs": SearchParams.cbs,
     "ivg": SearchParams.ivg,
+    "best_of_n": partial(SearchParams.best_of_n, 16),
 }
 
 
