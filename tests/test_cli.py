@@ -461,3 +461,11 @@ def test_help_has_examples_that_parse(command: list[str], capsys) -> None:
         assert len(examples) > 2
         for example in examples:
             build_parser().parse_args(shlex.split(example.split(" > ")[0])[1:])
+
+
+def test_serve_places_models_and_score_does_not(capsys) -> None:
+    arguments = build_parser().parse_args(["serve", "--base", "b", "--device", "cuda"])
+    assert arguments.device == "cuda"
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["score", "--value", "v", "--device", "cuda"])
+    assert "--device" in capsys.readouterr().err

@@ -58,9 +58,9 @@ _EPILOG = """examples:
 
 In JSON lines "prompt" is a text, a list of chat messages, a list of token ids, or an object of
 these by role (raw, base, tuned, untuned, value); beside it may stand a "seed", and an "id", any
-JSON, which is in the line out too. Other fields, and what is wrong in the file itself, are refused before
-a model is loaded, by their line, with exit code 2. The lines of a prompt are written as soon as it
-and those before it are done. A request that fails, or that the models cannot take, is a line
+JSON, which is in the line out too. Other fields, and what is wrong in the file itself, are refused
+before a model is loaded, by their line, with exit code 2. The lines of a prompt are written as soon
+as it and those before it are done. A request that fails, or that the models cannot take, is a line
 {"prompt", "line", "error"}; the others are finished, and the exit code is 1.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from ivg_fast.params import SearchParams
 from ivg_fast.request import ROLES
 from ivg_fast.templates import PRESET_NAMES, Preset, Template, preset
 
-_METHODS = {
+_METHODS: dict[str, Callable[..., SearchParams]] = {
     "base": SearchParams.base,
     "eft": SearchParams.eft,
     "cbs": SearchParams.cbs,
