@@ -354,13 +354,16 @@ class Engine:
 
     def can_serve(self, params: SearchParams) -> bool:
         """Whether a request with these would be accepted; False where the engine is closed."""
-        if not self._runners:
-            return False
         try:
-            self._loop.check(self._factory.create([WARMUP_PROMPT], params, None))
+            self.check_request(WARMUP_PROMPT, params)
         except IVGError:
             return False
         return True
+
+    def check_request(self, prompt: PromptInput, params: SearchParams) -> None:
+        """Raises what `add_request` would, a full queue aside; queues nothing."""
+        self._check_open()
+        self._loop.check(self._factory.create([prompt], params, None))
 
     def use_scorer_threads(self) -> None:
         """Has callables run on threads of their own, also without a `scorer_timeout_s`.

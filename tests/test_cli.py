@@ -25,7 +25,7 @@ from ivg_fast import (
     Template,
 )
 from ivg_fast.cli import EXIT_FAILED, EXIT_OK, EXIT_USAGE, build_parser, main
-from ivg_fast.cli.generate import Lines
+from ivg_fast.cli.generate import Ask, Lines
 from ivg_fast.loop import RequestLoop
 
 
@@ -53,7 +53,7 @@ def _models(folders: dict[str, Path]) -> list[str]:
 
 def test_jsonl_is_what_the_engine_returns(folders, capsys, tmp_path) -> None:
     file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "the cat"}\n\n{"prompt": "a dog", "other": 1}\n', "utf-8")
+    file.write_text('{"prompt": "the cat"}\n\n{"prompt": "a dog", "id": [1]}\n', "utf-8")
     options = "--method ivg --max-tokens 9 --chunk-length 3 --seed 7 --n 3 --stop Q --stop Z"
     arguments = ["generate", *_models(folders), "--file", str(file), *options.split()]
     assert main([*arguments, "--format", "jsonl", "--num-blocks", "200"]) == EXIT_OK
@@ -63,6 +63,8 @@ def test_jsonl_is_what_the_engine_returns(folders, capsys, tmp_path) -> None:
     with Engine.from_pretrained(*paths, config=EngineConfig(num_blocks=200)) as engine:
         expected = engine.generate(["the cat", "a dog"], params)
     assert [line["prompt"] for line in lines] == ["the cat", "a dog"]
+    assert ["id" in line for line in lines] == [False, True]
+    assert lines[1]["id"] == [1]
     for line, output in zip(lines, expected, strict=True):
         assert [o["token_ids"] for o in line["outputs"]] == [o.token_ids for o in output.outputs]
         assert line["outputs"][0]["score"] == pytest.approx(output.outputs[0].score)
@@ -120,6 +122,74 @@ def test_bad_lines_are_named(folders, capsys, tmp_path) -> None:
     command = ["generate", "--base", str(folders["base"]), "--max-tokens", "3", "--file", str(file)]
     assert main(command) == EXIT_USAGE
     assert "bad.jsonl:2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": ["a", "b"]}', "token ids"),
+        ('{"prompt": {"base": 5}}', "base must be"),
+        ('{"prompt": "x", "seed": "a"}', "'seed'"),
+        ('{"prompt": "x", "seed": true}', "'seed'"),
+        ('{"prompt": "x", "sede": 3}', "'sede' in a line (is 'seed' meant?)"),
+        ('{"prompt": "x", "max_tokens": 2}', "'max_tokens'"),
+    ],
+)
+def test_bad_fields_are_named_before_a_model_is_loaded(
+    folders, capsys, tmp_path, monkeypatch, line: str, message: str
+) -> None:
+    def load(*_args, **_kwargs) -> None:
+        raise AssertionError("nothing may be loaded")
+
+    monkeypatch.setattr(Engine, "from_pretrained", load)
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"prompt": "x", "seed": 1}\n' + line + "\n", "utf-8")
+    command = ["generate", "--base", str(folders["base"]), "--max-tokens", "3", "--file", str(file)]
+    assert main(command) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert "bad.jsonl:2" in error
+    assert message in error
+
+
+def test_a_refused_line_leaves_the_others(folders, capsys, tmp_path) -> None:
+    """Those draw what they draw in a file of good lines; a byte order mark is no fault."""
+    chat = [{"role": "user", "content": "x"}]
+    wrong = {1: "x" * 2000, 2: "", 4: chat, 5: [5000], 6: "\ud800"}
+    good = [{"prompt": f"prompt {i}", "id": i} for i in range(8)]
+    mixed = [{**line, "prompt": wrong.get(i, line["prompt"])} for i, line in enumerate(good)]
+    found = []
+    for lines, code in ((good, EXIT_OK), (mixed, EXIT_FAILED)):
+        text = "\n".join(map(json.dumps, lines))
+        file = tmp_path / "prompts.jsonl"
+        file.write_text(text, "utf-8-sig")
+        command = ["generate", "--base", str(folders["base"]), "--file", str(file), "--seed", "3"]
+        options = ["--max-tokens", "6", "--num-blocks", "99", "--format", "jsonl"]
+        assert main([*command, *options]) == code
+        found.append(_records(capsys))
+    assert [line["id"] for line in found[1]] == list(range(8))
+    for i, (alone, line) in enumerate(zip(*found, strict=True)):
+        if i in wrong:
+            assert (line["prompt"], line["line"]) == (wrong[i], i + 1)
+            assert "Error: " in line["error"]
+        else:
+            assert line["outputs"][0]["token_ids"] == alone["outputs"][0]["token_ids"]
+
+
+def test_best_of_n_and_model_kwargs(folders, capsys) -> None:
+    command = ["generate", *_models(folders), "--prompt", "x", "--max-tokens", "4", "--seed", "2"]
+    options = ["--method", "best_of_n", "--num-blocks", "99", "--format", "jsonl"]
+    kwargs = ["--model-kwargs", '{"tuned": {"attn_implementation": "eager"}}']
+    assert main([*command, *options, *kwargs]) == EXIT_OK
+    (line,) = _records(capsys)
+    params = SearchParams.best_of_n(16, max_tokens=4, seed=2)
+    config = EngineConfig(num_blocks=99)
+    with Engine.from_pretrained(*folders.values(), config=config) as engine:
+        (expected,) = engine.generate("x", params)
+    assert line["outputs"][0]["token_ids"] == expected.outputs[0].token_ids
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--model-kwargs", "[]"])
+    assert caught.value.code == EXIT_USAGE
+    assert "JSON object" in capsys.readouterr().err
 
 
 def test_unknown_options_are_refused(capsys) -> None:
@@ -217,7 +287,7 @@ def test_lines_are_written_as_requests_end(folders, capsys, monkeypatch, form: s
 
 
 def test_lines_stand_in_the_order_of_prompts(capsys) -> None:
-    lines = Lines(["a", "b", "c", "d"], "jsonl")
+    lines = Lines([Ask(f"x:{i}", text, text) for i, text in enumerate("abcd", 1)], "jsonl")
     seen = []
     for index in (2, 1, 0, 3):
         lines.ended(index, ValueError(f"number {index}"))
@@ -285,7 +355,7 @@ def test_a_preset_with_models_of_ones_own(folders, capsys) -> None:
     assert line["prompt"] == "Here is a movie review from imdb: good"
     assert line["stats"]["num_selections"] == 2
     command = ["generate", *_models(folders), "--preset", "tulu", "--num-blocks", "300"]
-    assert main([*command, "--template", "raw", "--prompt", "x" * 3000]) == EXIT_USAGE
+    assert main([*command, "--template", "raw", "--prompt", "x" * 3000]) == EXIT_FAILED
     assert "must be shorter than the preset's 2048 tokens" in capsys.readouterr().err
 
 
@@ -323,15 +393,18 @@ def test_score(folders, capsys, tmp_path, monkeypatch) -> None:
 
 def test_score_goes_on_past_what_cannot_be_scored(folders, capsys, tmp_path) -> None:
     lines = [{"prompt": "x", "response": r} for r in ("ok", "", [5000], "y" * 400, "fine")]
+    lines.insert(1, {"prompt": [], "response": "ok"})
     file = _write(tmp_path / "responses.jsonl", lines)
     models = [*_models(folders)[:2], *_models(folders)[6:]]
     assert main(["score", *models, "--file", file]) == EXIT_FAILED
     captured = capsys.readouterr()
     got = [json.loads(line) for line in captured.out.splitlines()]
-    assert ["score" in line for line in got] == [True, False, False, False, True]
-    assert "responses must have a token" in got[1]["error"]
-    assert "CapacityError" in got[3]["error"]
-    assert f"{file}:3" in captured.err
+    assert ["score" in line for line in got] == [True, False, False, False, False, True]
+    assert "responses must have a token" in got[2]["error"]
+    assert "CapacityError" in got[4]["error"]
+    assert "must have a token for value" in got[1]["error"]
+    assert got[1]["line"] == 2
+    assert f"{file}:4" in captured.err
 
 
 @pytest.mark.parametrize(
@@ -346,6 +419,9 @@ def test_score_goes_on_past_what_cannot_be_scored(folders, capsys, tmp_path) -> 
         (["--value"], '{"prompt": 3, "response": "y"}', "'prompt'"),
         (["--value"], '{"prompt": {"role": "x"}, "response": "y"}', "not role"),
         (["--value"], '{"prompt": "x", "response": "y", "ends_text": 1}', "'ends_text'"),
+        (["--value"], '{"prompt": "x", "response": "y", "end_text": true}', "is 'ends_text' meant"),
+        (["--value"], '{"prompt": "x", "response": ["y"]}', "'response'"),
+        (["--value"], '{"prompt": ["a", "b"], "response": "y"}', "standard input:1"),
         (["--value"], "{", "must be JSON"),
         (["--value"], "", "there is none"),
     ],
@@ -385,3 +461,11 @@ def test_help_has_examples_that_parse(command: list[str], capsys) -> None:
         assert len(examples) > 2
         for example in examples:
             build_parser().parse_args(shlex.split(example.split(" > ")[0])[1:])
+
+
+def test_serve_places_models_and_score_does_not(capsys) -> None:
+    arguments = build_parser().parse_args(["serve", "--base", "b", "--device", "cuda"])
+    assert arguments.device == "cuda"
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["score", "--value", "v", "--device", "cuda"])
+    assert "--device" in capsys.readouterr().err

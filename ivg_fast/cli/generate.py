@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
@@ -15,6 +16,8 @@ from ivg_fast.cli.options import add_fields, add_models, check_models, fields_of
 from ivg_fast.cli.records import (
     add_progress,
     add_source,
+    check_names,
+    line_of,
     prompt_of,
     read_lines,
     show_progress,
@@ -22,7 +25,7 @@ from ivg_fast.cli.records import (
 )
 from ivg_fast.cli.search import add_search, search_of
 from ivg_fast.engine import Engine
-from ivg_fast.errors import InvalidParameterError
+from ivg_fast.errors import InvalidParameterError, IVGError
 from ivg_fast.outputs import RequestOutput
 from ivg_fast.params import EngineConfig, SearchParams
 from ivg_fast.prompts import derive_seed
@@ -36,6 +39,7 @@ _DESCRIPTION = """Decode prompts with a base model, steered by value functions.
   base  neither            eft   --guidance implicit (needs --tuned and --untuned)
   cbs   --scorer implicit, W, K, L = 4, 4, 5
   ivg   --guidance implicit --scorer explicit (needs --value too), W, K, L = 4, 4, 5
+  best_of_n  --scorer explicit (needs --value), the best of --num-candidates (16) whole responses
 """
 _EPILOG = """examples:
   a prompt, the base model as it is:
@@ -53,9 +57,11 @@ _EPILOG = """examples:
     ivg-fast generate --preset imdb --file prompts.txt
 
 In JSON lines "prompt" is a text, a list of chat messages, a list of token ids, or an object of
-these by role (raw, base, tuned, untuned, value); "seed" may stand beside it. The lines of a prompt
-are written as soon as it and those before it are done. A request that fails is a line {"prompt",
-"error"}; the others are finished, and the exit code is 1.
+these by role (raw, base, tuned, untuned, value); beside it may stand a "seed", and an "id", any
+JSON, which is in the line out too. Other fields, and what is wrong in the file itself, are refused
+before a model is loaded, by their line, with exit code 2. The lines of a prompt are written as soon
+as it and those before it are done. A request that fails, or that the models cannot take, is a line
+{"prompt", "line", "error"}; the others are finished, and the exit code is 1.
 """
 
 
@@ -69,7 +75,6 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_models(parser)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda, of all models (default cpu)")
     prompts = parser.add_argument_group("prompts (default: standard input)")
     prompts.add_argument("--prompt", action="append", help="a prompt; may be repeated")
     add_source(prompts, "the prompts", "one prompt a line")
@@ -86,37 +91,60 @@ def run(arguments: argparse.Namespace) -> bool:
     asked = search_of(arguments)
     models, params = asked.models, asked.params
     config = EngineConfig(**fields_of(arguments, EngineConfig))
-    prompts, seeds = _prompts(arguments, params)
-    check_models(models, [("guidance", params.guidance), ("scorer", params.scorer)])
+    asks = _asks(arguments, params)
+    kinds = [("guidance", params.guidance), ("scorer", params.scorer)]
+    check_models(models, kinds, arguments.model_kwargs)
     with Engine.from_pretrained(
         **models,
         device=arguments.device,
         dtype=arguments.dtype,
         templates=asked.templates or None,
+        model_kwargs=arguments.model_kwargs,
         config=config,
     ) as engine:
-        every = _within(asked.settings, engine, asked.templates, prompts, params)
-        lines = Lines(prompts, arguments.format)
+        lines = Lines(asks, arguments.format)
+        accepted: list[int] = []
+        every: list[SearchParams] = []
+        for index, ask in enumerate(asks):
+            try:
+                own = _within(asked.settings, engine, asked.templates, ask.prompt, params)
+                engine.check_request(ask.prompt, own)
+            except IVGError as error:
+                lines.ended(index, error)
+            else:
+                accepted.append(index)
+                every.append(own)
+        seeds = [seed for i in accepted if (seed := asks[i].seed) is not None]
         try:
             engine.generate(
-                prompts,
+                [asks[i].prompt for i in accepted],
                 every,
-                seeds=seeds,
+                seeds=seeds or None,  # all have one, or none
                 use_tqdm=show_progress(arguments),
-                on_ended=lines.ended,
+                on_ended=lambda i, output: lines.ended(accepted[i], output),
             )
         except Exception as error:
             if getattr(error, "failures", None) is None:
                 raise
             return False
-    return True
+    return len(accepted) == len(asks)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A prompt: where it stands, what its line says (a text, or JSON), the seed if it has one."""
+
+    place: str
+    record: Any
+    prompt: PromptInput
+    seed: int | None = None
 
 
 class Lines:
     """Writes each prompt's line once those before it are written."""
 
-    def __init__(self, prompts: Sequence[PromptInput], form: str) -> None:
-        self._prompts = prompts
+    def __init__(self, asks: Sequence[Ask], form: str) -> None:
+        self._asks = asks
         self._form = form
         self._ended: dict[int, RequestOutput | BaseException] = {}
         self._next = 0
@@ -126,70 +154,77 @@ class Lines:
         self._ended[index] = output
         with tqdm.external_write_mode():
             while self._next in self._ended:
-                ended = self._ended.pop(self._next)
+                ended, ask = self._ended.pop(self._next), self._asks[self._next]
                 if isinstance(ended, RequestOutput):
-                    _write(ended, self._form)
+                    _write(ask, ended, self._form)
                 else:
-                    _write_failure(self._prompts[self._next], ended, self._form)
+                    _write_failure(ask, ended, self._form)
                 self._next += 1
 
 
-def _prompts(
-    arguments: argparse.Namespace, params: SearchParams
-) -> tuple[list[PromptInput], list[int] | None]:
-    """The prompts, and their seeds if any line has one."""
+def _asks(arguments: argparse.Namespace, params: SearchParams) -> list[Ask]:
+    """The prompts; a seed each, or none."""
     if arguments.prompt is not None and arguments.file is not None:
         raise InvalidParameterError("prompt", arguments.prompt, "must stand without --file")
     if arguments.prompt is not None:
-        return list(arguments.prompt), None
-    prompts: list[PromptInput] = []
-    given: dict[int, int] = {}
-    for index, (place, record) in enumerate(read_lines(arguments.file, arguments.input_format)):
-        if isinstance(record, str):
-            prompts.append(record)
-            continue
-        prompts.append(prompt_of(place, record))
-        if record.get("seed") is not None:
-            given[index] = record["seed"]
-    if not prompts:
-        raise InvalidParameterError("prompts", prompts, "must be given: there are none")
-    if not given:
-        return prompts, None
-    if params.seed is None and len(given) < len(prompts):
+        read: list[tuple[str, Any]] = [
+            (f"--prompt:{n}", text) for n, text in enumerate(arguments.prompt, 1)
+        ]
+    else:
+        read = read_lines(arguments.file, arguments.input_format)
+    if not read:
+        raise InvalidParameterError("prompts", [], "must be given: there are none")
+    asks = [_ask(place, record) for place, record in read]
+    if params.seed is not None:
+        return [
+            dataclasses.replace(ask, seed=derive_seed(params.seed, i)) if ask.seed is None else ask
+            for i, ask in enumerate(asks)
+        ]
+    if len({ask.seed is None for ask in asks}) > 1:
         raise InvalidParameterError("seed", None, "must be in every line or none, or be an option")
-    return prompts, [
-        given[i] if i in given else derive_seed(params.seed or 0, i) for i in range(len(prompts))
-    ]
+    return asks
+
+
+def _ask(place: str, record: Any) -> Ask:
+    if isinstance(record, str):
+        return Ask(place, record, record)
+    prompt = prompt_of(place, record)
+    check_names(place, record, ("prompt", "seed", "id"), can_pass=False)
+    seed = record.get("seed")
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**64):
+        raise InvalidParameterError("file", place, "must have an integer in [0, 2^64) for 'seed'")
+    return Ask(place, record, prompt, seed)
 
 
 def _within(
     settings: Preset | None,
     engine: Engine,
     templates: Mapping[str, str | Template],
-    prompts: Sequence[PromptInput],
+    prompt: PromptInput,
     params: SearchParams,
-) -> SearchParams | list[SearchParams]:
-    """The params; where a preset limits prompt and response together, those of each prompt."""
+) -> SearchParams:
+    """The params; where a preset limits prompt and response together, those of this prompt."""
     if settings is None or settings.max_length is None:
         return params
     base = {role: template for role, template in templates.items() if role == "base"}
     renderer = PromptRenderer({"base": engine.tokenizer}, base)
-    every = []
-    for index, prompt in enumerate(prompts):
-        room = settings.max_length - len(renderer.render(prompt, ["base"])["base"].token_ids)
-        if room < 1:
-            raise InvalidParameterError(
-                "prompts", prompt, f"must be shorter than the preset's {settings.max_length} tokens"
-            )
-        seed = None if params.seed is None else derive_seed(params.seed, index)
-        most = min(params.max_tokens, room)
-        every.append(dataclasses.replace(params, max_tokens=most, seed=seed))
-    return every
+    room = settings.max_length - len(renderer.render(prompt, ["base"])["base"].token_ids)
+    if room < 1:
+        raise InvalidParameterError(
+            "prompts", prompt, f"must be shorter than the preset's {settings.max_length} tokens"
+        )
+    return dataclasses.replace(params, max_tokens=min(params.max_tokens, room))
 
 
-def _write(output: RequestOutput, form: str) -> None:
+def _of(ask: Ask) -> dict[str, Any]:
+    """What a line takes over from its prompt's."""
+    has_id = isinstance(ask.record, dict) and "id" in ask.record
+    return {"id": ask.record["id"]} if has_id else {}
+
+
+def _write(ask: Ask, output: RequestOutput, form: str) -> None:
     if form == "jsonl":
-        write_json(dataclasses.asdict(output))
+        write_json({**_of(ask), **dataclasses.asdict(output)})
         return
     for candidate in output.outputs:
         print(f"{output.prompt or ''}{candidate.text}")
@@ -201,9 +236,10 @@ def _write(output: RequestOutput, form: str) -> None:
         )
 
 
-def _write_failure(prompt: PromptInput, error: BaseException, form: str) -> None:
-    shown = prompt if isinstance(prompt, str) else repr(prompt)
+def _write_failure(ask: Ask, error: BaseException, form: str) -> None:
+    given = ask.record["prompt"] if isinstance(ask.record, dict) else ask.record
     message = f"{type(error).__name__}: {error}"
     if form == "jsonl":
-        write_json({"prompt": shown, "error": message})
-    print(f"ivg-fast: prompt {shown!r}: {message}", file=sys.stderr)
+        line = line_of(ask.place)
+        write_json({**_of(ask), "prompt": given, "line": line, "error": message})
+    print(f"ivg-fast: {ask.place}: prompt {given!r}: {message}", file=sys.stderr)

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import importlib
 import inspect
+import json
 import os
 import re
 import sys
@@ -30,12 +31,26 @@ _MODEL_HELP = {
 
 
 def add_models(parser: argparse.ArgumentParser, base_help: str | None = None) -> None:
-    """--base, --tuned, --untuned, --value, --dtype, --template."""
+    """--base, --tuned, --untuned, --value, --dtype, --model-kwargs, --template; --device
+    too, save for a command with a help of its own for --base, which runs on the CPU."""
     group = parser.add_argument_group("models (folders or hub names, safetensors only)")
     for role in ROLES:
         text = base_help if role == "base" and base_help else _MODEL_HELP[role]
         group.add_argument(f"--{role}", metavar="MODEL", help=text)
-    group.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default auto)")
+    if base_help is None:
+        group.add_argument("--device", default="cpu", help="cpu or cuda, of all (default cpu)")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        help="auto, float32, bfloat16 or float16 (default auto: the checkpoint's)",
+    )
+    group.add_argument(
+        "--model-kwargs",
+        type=_json_object,
+        metavar="JSON",
+        help="more arguments for loading the language models, as an object; under base, tuned or "
+        'untuned those of one role: \'{"tuned": {"revision": "v2"}}\'',
+    )
     group.add_argument(
         "--template",
         action="append",
@@ -64,7 +79,21 @@ def templates_of(arguments: argparse.Namespace) -> dict[str, str | Template]:
     return templates
 
 
-def check_models(models: Mapping[str, str | None], kinds: Sequence[tuple[str, Any]]) -> None:
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"must be JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
+    return value
+
+
+def check_models(
+    models: Mapping[str, str | None],
+    kinds: Sequence[tuple[str, Any]],
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> None:
     """What can be known before anything is loaded: that every model is there, and those that
     `kinds` need, pairs of a parameter's name and "implicit", "explicit" or anything else.
 
@@ -77,7 +106,7 @@ def check_models(models: Mapping[str, str | None], kinds: Sequence[tuple[str, An
         if missing:
             options = " and ".join(f"--{role}" for role in missing)
             raise InvalidParameterError(name, kind, f"needs {' and '.join(missing)} ({options})")
-    check_checkpoints(models)
+    check_checkpoints(models, model_kwargs)
 
 
 def scorer_of(name: str) -> Any:
@@ -119,6 +148,8 @@ def add_fields(group: Any, cls: type) -> None:
         elif field.name in ("stop", "stop_token_ids"):
             kind = int if field.name == "stop_token_ids" else str
             keywords["help"] += "; may be repeated"
+            if kind is str:
+                keywords["help"] += "; taken as it stands: a line end is $'\\n' in bash"
             group.add_argument(option, action="append", type=kind, **keywords)
         elif field.name == "guidance":
             group.add_argument(option, choices=tuple(GUIDES), **keywords)

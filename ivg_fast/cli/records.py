@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from ivg_fast.errors import InvalidParameterError
+from ivg_fast.params import is_whole_text
 from ivg_fast.rendering import Prompt, PromptInput
 from ivg_fast.request import ROLES
 
@@ -46,6 +49,7 @@ def read_lines(file: Path | None, form: str | None) -> list[tuple[str, Any]]:
     name = "standard input" if file is None else str(file)
     try:
         text = sys.stdin.read() if file is None else file.read_text("utf-8")
+        text = text.removeprefix("\ufeff")  # a mark of byte order
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidParameterError("file", name, f"must be readable text ({error})") from error
     if form is None:
@@ -70,16 +74,39 @@ def prompt_of(place: str, record: Any) -> PromptInput:
         InvalidParameterError: it has none.
     """
     given = record.get("prompt") if isinstance(record, dict) else None
-    if not given or not isinstance(given, str | list | dict):
+    if not isinstance(given, str | list | dict):
         raise InvalidParameterError("file", place, _PROMPT)
     if isinstance(given, dict):
         unknown = sorted(set(given) - {"raw", *ROLES})
         if unknown:
             raise InvalidParameterError("file", place, f"{_PROMPT}; not {', '.join(unknown)}")
-        return Prompt(**given)
-    return given
+    try:
+        whole = Prompt(**given) if isinstance(given, dict) else Prompt(given)
+    except InvalidParameterError as error:
+        raise InvalidParameterError("file", place, f"{_PROMPT} ({error})") from error
+    return whole if isinstance(given, dict) else given
+
+
+def check_names(
+    place: str, record: dict[str, Any], known: Collection[str], *, can_pass: bool
+) -> None:
+    """InvalidParameterError for a field that is none of `known`; with `can_pass` only for one that
+    reads like a slip of the pen."""
+    for name in sorted(set(record) - set(known)):
+        meant = difflib.get_close_matches(name, known, n=1, cutoff=0.85 if can_pass else 0.6)
+        if meant or not can_pass:
+            hint = f" (is {meant[0]!r} meant?)" if meant else ""
+            raise InvalidParameterError(
+                "file", place, f"must have no field {name!r} in a line{hint}"
+            )
+
+
+def line_of(place: str) -> int:
+    """The number at the end of a place."""
+    return int(place.rpartition(":")[2])
 
 
 def write_json(record: dict[str, Any]) -> None:
     """One line on standard output."""
-    print(json.dumps(record, ensure_ascii=False), flush=True)
+    text = json.dumps(record, ensure_ascii=False)
+    print(text if is_whole_text(text) else json.dumps(record), flush=True)

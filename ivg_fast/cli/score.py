@@ -13,7 +13,15 @@ from typing import Any
 from tqdm import tqdm
 
 from ivg_fast.cli.options import add_models, check_models, scorer_of, templates_of
-from ivg_fast.cli.records import add_progress, prompt_of, read_lines, show_progress, write_json
+from ivg_fast.cli.records import (
+    add_progress,
+    check_names,
+    line_of,
+    prompt_of,
+    read_lines,
+    show_progress,
+    write_json,
+)
 from ivg_fast.errors import InvalidParameterError, IVGError
 from ivg_fast.rendering import PromptInput
 from ivg_fast.request import GUIDES, ROLES
@@ -26,7 +34,7 @@ Reads JSON lines {"prompt", "response"} and writes them back with a "score":
   --value V                   explicit: a vocabulary head or a reward model; where its tokenizer is
                               not the base's it reads prompt + response as one text
   --scorer module:function    a callable, list[ScoreInput] -> one number each
-No base model is run. With several of these, --scorer says which one is meant.
+No base model is run, and nothing on a GPU. With several of these, --scorer says which is meant.
 """
 _EPILOG = """examples:
   the pair's value of the responses in a file:
@@ -39,8 +47,10 @@ _EPILOG = """examples:
     echo '{"prompt": "I saw this film", "response": " and loved it"}' | ivg-fast score --value V
 
 "prompt" is as for `ivg-fast generate`, "response" a text or a list of token ids; "ends_text": true
-in a line says that an end of text is read behind that response. A line that cannot be scored is
-written with an "error" instead, and the exit code is 1.
+in a line says that an end of text is read behind that response. Other fields, such as an "id", are
+written back as they came; a near miss of these names ("end_text") is refused. What is wrong in the
+file itself is refused before a model is loaded, by its line, with exit code 2. A line that cannot
+be scored is written with its "line" number and an "error" instead, and the exit code is 1.
 """
 _BATCH = 64
 
@@ -84,12 +94,13 @@ def run(arguments: argparse.Namespace) -> bool:
     ]
     if not lines:
         raise InvalidParameterError("file", None, "must hold a line: there is none")
-    check_models(models, [("scorer", scorer)])
+    check_models(models, [("scorer", scorer)], arguments.model_kwargs)
     is_good = True
     with (
         ResponseScorer.from_pretrained(
             **_needed(models, scorer),
             dtype=arguments.dtype,
+            model_kwargs=arguments.model_kwargs,
             templates=templates or None,
             max_batch_tokens=arguments.max_batch_tokens,
         ) as value,
@@ -100,7 +111,8 @@ def run(arguments: argparse.Namespace) -> bool:
             for line, score in zip(batch, _scores(value, batch, scorer), strict=True):
                 if isinstance(score, Exception):
                     is_good = False
-                    write_json({**line.record, "error": f"{type(score).__name__}: {score}"})
+                    said = f"{type(score).__name__}: {score}"
+                    write_json({**line.record, "line": line_of(line.place), "error": said})
                     tqdm.write(f"ivg-fast: {line.place}: {score}", file=sys.stderr)
                 else:
                     write_json({**line.record, "score": score})
@@ -118,7 +130,10 @@ class _Line:
 
 def _line(place: str, record: Any, ends_text: bool) -> _Line:
     prompt = prompt_of(place, record)
-    if not isinstance(record.get("response"), str | list):
+    check_names(place, record, ("prompt", "response", "ends_text", "id"), can_pass=True)
+    response = record.get("response")
+    is_ids = isinstance(response, list) and all(type(token) is int for token in response)
+    if not isinstance(response, str) and not is_ids:
         raise InvalidParameterError(
             "file", place, "must have a 'response' in each line: a text or token ids"
         )

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ivg_fast.cli.options import add_fields, fields_of, scorer_of, templates_of
@@ -15,11 +16,12 @@ from ivg_fast.params import SearchParams
 from ivg_fast.request import ROLES
 from ivg_fast.templates import PRESET_NAMES, Preset, Template, preset
 
-_METHODS = {
+_METHODS: dict[str, Callable[..., SearchParams]] = {
     "base": SearchParams.base,
     "eft": SearchParams.eft,
     "cbs": SearchParams.cbs,
     "ivg": SearchParams.ivg,
+    "best_of_n": partial(SearchParams.best_of_n, 16),
 }
 
 

@@ -82,13 +82,16 @@ def run(arguments: argparse.Namespace) -> bool:
     options.setdefault("max_queued_requests", _MAX_QUEUED)
     options.setdefault("max_prompt_tokens", _MAX_PROMPT_TOKENS)
     params = asked.params
-    check_models(asked.models, [("guidance", params.guidance), ("scorer", params.scorer)])
+    kinds = [("guidance", params.guidance), ("scorer", params.scorer)]
+    check_models(asked.models, kinds, arguments.model_kwargs)
     if key is None and config.host not in _LOOPBACK:
         _LOG.warning("no API key: everybody who reaches %s can use this server", config.host)
     listener = listen(config)  # before minutes are spent on models
     engine = Engine.from_pretrained(
         **asked.models,
+        device=arguments.device,
         dtype=arguments.dtype,
+        model_kwargs=arguments.model_kwargs,
         templates=asked.templates or None,
         config=EngineConfig(**options),
     )
