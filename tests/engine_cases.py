@@ -7,6 +7,7 @@ its own, made from the same seeds.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -49,8 +50,9 @@ _VALUE_SHAPE = {"gpt2": "gpt2", "llama": "mistral", "mistral": "gpt2", "gemma2":
 
 
 def fresh_seed() -> int:
-    """A seed of this run; tests carry it in their ids."""
-    return random.SystemRandom().randrange(10**6)
+    """A seed of this run; tests carry it in their ids, which side by side must be the same."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    return (random.Random(run) if run else random.SystemRandom()).randrange(10**6)
 
 
 def value_model(
