@@ -30,7 +30,7 @@ from ivg_fast import (
     SearchParams,
     Template,
     batches,
-    burst,
+    first_forward,
 )
 from ivg_fast.request import ROLES
 
@@ -336,4 +336,4 @@ def test_planted_bugs_of_the_engine_are_seen(monkeypatch) -> None:
     got = [(o, c) for o, c in zip(outputs, cases, strict=True) if o is not None]
     num_failed = len(cases) - len(got)
     assert num_failed + _num_unlike([o for o, _ in got], [c for _, c in got]) >= 2
-    assert burst.first_batch is batches.first_batch, "the burst uses what was patched"
+    assert first_forward.first_batch is batches.first_batch, "the forward uses what was patched"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -22,11 +23,12 @@ from engine_cases import (
 )
 from naive_search import NaiveModels, NaiveResult
 
-from ivg_fast.engine import Engine
 from ivg_fast.errors import NonFiniteLogitsError
 from ivg_fast.graphs import EagerStep
+from ivg_fast.models.runner import ModelRunner
 from ivg_fast.models.values import TokenScorer
 from ivg_fast.ops.step_state import StepState
+from ivg_fast.params import EngineConfig
 from ivg_fast.static_burst import StaticBursts
 from ivg_fast.static_forward import StaticForward
 from ivg_fast.static_rows import StaticRows
@@ -77,16 +79,12 @@ def make_static(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
     options = {"make_step": CountedStep, **options}
     monkeypatch.setattr(CountedStep, "num_replays", 0)
 
-    def static(self: Engine, token_scorer: TokenScorer) -> StaticBursts:
-        return StaticBursts(
-            self._runners,
-            self.vocab_size,
-            token_scorer,
-            max_steps=self.config.max_burst_steps,
-            **options,
-        )
+    def static(
+        runners: Mapping[str, ModelRunner], size: int, scorer: TokenScorer, config: EngineConfig
+    ) -> StaticBursts:
+        return StaticBursts(runners, size, scorer, max_steps=config.max_burst_steps, **options)
 
-    monkeypatch.setattr(Engine, "_static_bursts", static)
+    monkeypatch.setattr(StaticBursts, "of_engine", static)
 
 
 def assert_same(outputs, results, cases, allowed_ties: int = 3) -> None:
