@@ -40,9 +40,16 @@ SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads"
 
 
 def cases_of(rng: random.Random, family: Family) -> list[Case]:
-    """Searches whose bursts have one key, but differ in all that may not be baked in."""
+    """Searches whose bursts have one key, but differ in all that may not be baked in. None ends
+    early, so that the number of replays is known."""
     params = SearchParams.ivg(
-        max_tokens=6, beam_width=1, num_candidates=2, chunk_length=3, n=2, logprobs=True
+        max_tokens=6,
+        beam_width=1,
+        num_candidates=2,
+        chunk_length=3,
+        n=2,
+        logprobs=True,
+        ignore_eos=True,
     )
     cold = replace(params, guidance_weight=0.4, temperature=0.6, max_tokens=5)
     return [Case(random_prompt(rng, family, 14), p, rng.randrange(2**64)) for p in (params, cold)]
