@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="under ten minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="small shapes, few rounds")
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES))
     parser.add_argument("--threads", type=int, help="of each bench; default: torch's own number")
     parser.add_argument("--out", type=Path, metavar="DIR", help="a CSV of each bench")

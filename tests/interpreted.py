@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", reason="Triton is for Linux")
 # Seen with Triton 3.6, gone in 3.9: int() of an array with one dimension, which NumPy 2.4 refuses.
 CANNOT_LOOP = (
     not torch.cuda.is_available()

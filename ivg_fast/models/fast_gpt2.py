@@ -85,7 +85,7 @@ def fast_decoder(model: Any) -> Callable[..., Any] | None:
         is_packed = asked in _PACKED and not args and paged_context() is not None
         if not is_packed or input_ids is None or positions is None:
             return GPT2Model.forward(model, input_ids, *args, **kwargs)
-        hidden_states = model.wte(input_ids) + model.wpe(positions)
+        hidden_states = model.drop(model.wte(input_ids) + model.wpe(positions))
         for block in model.h:
             hidden_states = block(hidden_states)
         return BaseModelOutputWithPastAndCrossAttentions(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("fastapi")
+pytest.importorskip("fastapi", reason="needs the extra `server`")
 
 sys.path.append(str(Path(__file__).parents[1] / "server"))
 

@@ -30,7 +30,7 @@ from bench.experiments.methods import GUIDED
 from ivg_fast import Engine
 from ivg_fast.training.data import test_prompts
 
-pytest.importorskip("vaderSentiment")
+pytest.importorskip("vaderSentiment", reason="needs the extra `train`")
 TEMPLATE = "Here is a movie review from imdb: "
 METHODS = ["base", "best_of_16", "eft", "args", "cbs_implicit", "cbs_explicit", "ivg"]
 ROLES = ("base", "tuned", "untuned", "value")

@@ -14,7 +14,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 from ivg_fast import Engine, EngineConfig, InvalidParameterError, SearchParams
 from ivg_fast.integrations.alpaca_eval import EngineCompletions, model_config, prompt_seed
 
-pytest.importorskip("alpaca_eval")
+pytest.importorskip("alpaca_eval", reason="needs the extra `alpaca-eval`")
 from alpaca_eval import evaluate, evaluate_from_model
 from alpaca_eval.utils import load_or_convert_to_dataframe
 

@@ -26,7 +26,7 @@ from ivg_fast.models.value_head import load_value_model
 from ivg_fast.prompts import derive_seed
 from ivg_fast.training.data import test_prompts as review_prompts
 
-lm_eval = pytest.importorskip("lm_eval")
+lm_eval = pytest.importorskip("lm_eval", reason="needs the extra `lm-eval`")
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from ivg_fast.integrations.lm_eval import IVGLM, main  # noqa: E402

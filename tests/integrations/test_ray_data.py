@@ -82,7 +82,7 @@ def test_a_job_goes_on_after_a_worker_is_killed(
     job: Any, expected: list[str], tmp_path: Path
 ) -> None:
     """It is also one that was stopped before: what it has written stays as it is."""
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="needs the extra `ray`")
     out = tmp_path / "out"
     out.mkdir()
     kept = [{**row, "response": "!", "pid": 0} for row in rows_of(PROMPTS)[3:7]]

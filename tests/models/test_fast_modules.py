@@ -134,15 +134,20 @@ def test_a_whole_block(
         assert error <= 2 * (stock - exact).abs().max() + 1e-6
 
 
+INSIDE = ("mlp", "mlp.c_fc", "attn", "attn.c_attn", "ln_1")
+
+
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
-@pytest.mark.parametrize("name", ["mlp", "mlp.c_fc", "attn", "attn.c_attn", "ln_1"])
-def test_hooks_inside_a_block_run(kind: str, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [*(f"h.0.{name}" for name in INSIDE), "h.0", "drop", "wte", "ln_f"]
+)
+def test_hooks_inside_run(kind: str, name: str) -> None:
     """One who steers by hooks must not be passed over, whenever the hook comes and goes."""
     model = tiny_model("gpt2")
     with closing(ModelRunner(model, role="base")) as runner_:
         before = paged_logits(runner_, 5)
         ran = []
-        module = model.transformer.h[0].get_submodule(name)
+        module = model.transformer.get_submodule(name)
         hook = getattr(module, kind)(lambda *_: ran.append(name))
         torch.testing.assert_close(paged_logits(runner_, 5), before)
         assert ran == [name]

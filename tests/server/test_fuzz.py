@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-pytest.importorskip("fastapi")
-pytest.importorskip("schemathesis")
+pytest.importorskip("fastapi", reason="needs the extra `server`")
+pytest.importorskip("schemathesis", reason="needs the extra `test`")
 
 import requests
 import schemathesis

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("fastapi")
-pytest.importorskip("openai")
+pytest.importorskip("fastapi", reason="needs the extra `server`")
+pytest.importorskip("openai", reason="needs the extra `test`")
 
 import requests
 from engine_cases import text_score

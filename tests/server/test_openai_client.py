@@ -13,8 +13,8 @@ import pytest
 import requests
 from engine_cases import fresh_seed
 
-pytest.importorskip("fastapi")
-pytest.importorskip("openai")
+pytest.importorskip("fastapi", reason="needs the extra `server`")
+pytest.importorskip("openai", reason="needs the extra `test`")
 
 from openai import AsyncOpenAI, NotFoundError
 from serving import DEFAULTS, MODEL, Server, make_engine, serving

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("fastapi")
-pytest.importorskip("openai")
+pytest.importorskip("fastapi", reason="needs the extra `server`")
+pytest.importorskip("openai", reason="needs the extra `test`")
 
 import requests
 from openai import AuthenticationError, BadRequestError

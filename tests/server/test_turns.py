@@ -7,7 +7,7 @@ import asyncio
 
 import pytest
 
-pytest.importorskip("fastapi")
+pytest.importorskip("fastapi", reason="needs the extra `server`")
 
 from ivg_fast.server.turns import Turns
 

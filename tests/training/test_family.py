@@ -35,8 +35,8 @@ def reviews_csv(tmp_path_factory):
 
 
 def test_family_from_nothing(reviews_csv, tmp_path):
-    pytest.importorskip("trl")
-    pytest.importorskip("sklearn")
+    pytest.importorskip("trl", reason="needs the extra `train`")
+    pytest.importorskip("sklearn", reason="needs the extra `train`")
     arguments = ["--tiny", "--work", str(tmp_path / "work"), "--reviews-csv", str(reviews_csv)]
     arguments += ["--out", str(tmp_path / "out")]
     assert cli.main(["family", *arguments]) == 0

@@ -51,7 +51,7 @@ def test_interrupted_run_resumes_to_the_same_weights(
     run, tokenizer, model_folder, texts, samples, pairs, tmp_path, monkeypatch
 ):
     if run is run_dpo:
-        pytest.importorskip("trl")
+        pytest.importorskip("trl", reason="needs the extra `train`")
     data = (tokenizer, model_folder, texts, samples, pairs)
     run(tmp_path / "whole", *data)
     original = transformers.Trainer.training_step
@@ -168,9 +168,9 @@ def test_dpo_ids_are_those_of_the_decoder(tokenizer):
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_dpo_learns_the_preference(lora_rank, tokenizer, model_folder, pairs, tmp_path):
-    pytest.importorskip("trl")
+    pytest.importorskip("trl", reason="needs the extra `train`")
     if lora_rank:
-        pytest.importorskip("peft")
+        pytest.importorskip("peft", reason="needs the extra `train`")
     config = DPORecipe(
         str(tmp_path / "run"), batch_size=8, learning_rate=5e-3, epochs=6, lora_rank=lora_rank
     )

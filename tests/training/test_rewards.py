@@ -25,8 +25,10 @@ def labelled(seed: int, count: int = 300) -> tuple[list[str], list[int]]:
 @pytest.mark.parametrize("seed", range(3))
 def test_scores_equal_scikit_learn(seed, tmp_path):
     """The numpy scorer against scikit-learn's own vectorizer and decision function."""
-    text_module = pytest.importorskip("sklearn.feature_extraction.text")
-    linear_model = pytest.importorskip("sklearn.linear_model")
+    text_module = pytest.importorskip(
+        "sklearn.feature_extraction.text", reason="needs the extra `train`"
+    )
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="needs the extra `train`")
     texts, labels = labelled(seed)
     held_out, _ = labelled(seed + 100)
     vectorizer = text_module.TfidfVectorizer(
@@ -66,7 +68,7 @@ def test_bad_input():
 
 
 def test_lexicon_orders_moods():
-    pytest.importorskip("vaderSentiment")
+    pytest.importorskip("vaderSentiment", reason="needs the extra `train`")
     from ivg_fast.training.rewards import LexiconReward
 
     bad, good = LexiconReward()(["an awful, horrible film", "a great, wonderful film"])

@@ -34,7 +34,7 @@ def test_recipes_from_files_to_files(model_folder, texts, tmp_path, capsys):
     assert last_line(capsys)["num_samples"] > 0
 
     dpo = ["dpo", "--model", out["sft"], "--data", out["preferences"] + "/pairs.jsonl"]
-    pytest.importorskip("trl")
+    pytest.importorskip("trl", reason="needs the extra `train`")
     assert cli.main([*dpo, "--output", out["dpo"], "--epochs", "1", "--no-append-eos"]) == 0
     assert last_line(capsys)["num_steps"] >= 1
     value = ["value", "--model", out["sft"], "--data", out["preferences"] + "/samples.jsonl"]
