@@ -64,7 +64,7 @@ gold reward.
 ## Recipe
 
 `make family`, that is `python -m ivg_fast.training.family --out ivg_fast/assets/imdb`; seed {seed}.
-Trained on 2 CPU cores (bf16 autocast) that other work shared; minutes are wall-clock.
+Trained on 2 CPU cores ({precision}) that other work shared; minutes are wall-clock.
 
 | stage | what | minutes |
 |---|---|---|

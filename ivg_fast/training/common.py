@@ -123,12 +123,25 @@ def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:
 
     full = {
         **metrics,
+        "precision": "bf16 autocast" if computes_bf16() else "float32",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     text = json.dumps(full, indent=1, sort_keys=True) + "\n"
     (folder / "metrics.json").write_text(text, encoding="utf-8")
     return full
+
+
+def computes_bf16() -> bool:
+    """Whether the device that trains multiplies bfloat16 in hardware.
+
+    A CPU without it converts to and fro: measured on AVX2, seven times slower than float32.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any("bf16" in name and has for name, has in torch.cpu.get_capabilities().items())
 
 
 def trainer_arguments(config: RecipeConfig, folder: Path) -> dict[str, Any]:
@@ -145,7 +158,7 @@ def trainer_arguments(config: RecipeConfig, folder: Path) -> dict[str, Any]:
         "seed": config.seed,
         "save_steps": config.save_steps,
         "save_total_limit": 1,
-        "bf16": True,
+        "bf16": computes_bf16(),
         "use_cpu": not on_gpu,
         "dataloader_pin_memory": on_gpu,
         "dataloader_drop_last": True,

@@ -196,3 +196,13 @@ def test_dpo_rejects_bad_input(tokenizer, tiny_model, pairs, tmp_path):
     with pytest.raises(InvalidParameterError, match="beta"):
         DPORecipe("x", beta=0.0)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "expected"), [("avx512_bf16", True), ("avx2", False)])
+def test_bf16_only_where_the_cpu_multiplies_it(name, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, name: True})
+    config = SFTConfig(str(tmp_path), 32, 4, 1e-3, 2)
+    assert common.trainer_arguments(config, tmp_path)["bf16"] is expected
+    precision = common.write_metrics(tmp_path, {})["precision"]
+    assert ("bf16" in precision) is expected
