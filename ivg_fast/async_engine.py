@@ -6,7 +6,9 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
+import os
 import secrets
+import sys
 import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +26,7 @@ from ivg_fast.errors import (
 )
 from ivg_fast.loop import Ended
 from ivg_fast.outputs import RequestOutput
-from ivg_fast.params import SearchParams
+from ivg_fast.params import SearchParams, check_integer
 from ivg_fast.rendering import PromptInput
 from ivg_fast.streaming import TextStream, TokenKinds
 
@@ -42,10 +44,17 @@ class AsyncEngine:
 
     Args:
         engine: it belongs to this object from now on, which closes it at shutdown.
+        niceness: 0 to 19, by how much the engine's threads step back behind the event loop's where
+            they compete for a core, as in nice(1). Linux only, as elsewhere threads have none.
+
+    Raises:
+        InvalidParameterError: niceness is out of range.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, niceness: int = 0) -> None:
+        check_integer("niceness", niceness, 0, 19)
         self._engine = engine
+        self._niceness = niceness
         engine.use_scorer_threads()
         self._kinds = TokenKinds.of(engine.tokenizer)
         self._lock = threading.Lock()  # of all below
@@ -259,6 +268,9 @@ class AsyncEngine:
         failure: BaseException | None = None
         try:
             torch.set_num_threads(self._num_threads)
+            if self._niceness and sys.platform == "linux":  # the kernels' threads inherit it
+                priority = os.getpriority(os.PRIO_PROCESS, 0) + self._niceness
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(priority, 19))
             self._serve()
         except BaseException as error:
             _LOG.exception("the engine's thread has failed")

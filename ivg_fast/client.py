@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from ivg_fast.errors import ScorerError
 from ivg_fast.outputs import RequestOutput
@@ -85,24 +87,44 @@ class Client:
         self._items.put_nowait(item)
 
 
-def deliver(items: Iterable[tuple[Client, StreamEvent | BaseException]]) -> list[Client]:
+_Delivery = tuple[Client, StreamEvent | BaseException]
+_DELIVERIES_PER_TURN = 8
+
+# What an event loop has yet to hand out; each entry is touched by its loop's thread alone.
+_UNDELIVERED: WeakKeyDictionary[asyncio.AbstractEventLoop, deque[_Delivery]] = WeakKeyDictionary()
+
+
+def deliver(items: Iterable[_Delivery]) -> list[Client]:
     """Hands each client its item, from any thread: one call a loop, in order.
 
     Returns:
         Clients that are gone, as their loop is closed.
     """
     lost: list[Client] = []
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Client, StreamEvent | BaseException]]] = {}
+    by_loop: dict[asyncio.AbstractEventLoop, list[_Delivery]] = {}
     for client, item in items:
         by_loop.setdefault(client.loop, []).append((client, item))
     for loop, of_loop in by_loop.items():
         try:
-            loop.call_soon_threadsafe(_put_all, of_loop)
+            loop.call_soon_threadsafe(_put_all, loop, of_loop)
         except RuntimeError:  # the loop is closed, and its tasks with it
             lost += [client for client, _ in of_loop]
     return lost
 
 
-def _put_all(items: list[tuple[Client, StreamEvent | BaseException]]) -> None:
-    for client, item in items:
+def _put_all(loop: asyncio.AbstractEventLoop, items: Iterable[_Delivery]) -> None:
+    undelivered = _UNDELIVERED.setdefault(loop, deque())
+    is_at_it = bool(undelivered)
+    undelivered.extend(items)
+    if not is_at_it:
+        _put_some(loop, undelivered)
+
+
+def _put_some(loop: asyncio.AbstractEventLoop, undelivered: deque[_Delivery]) -> None:
+    """A few at each turn of the loop: what they wake writes to as many connections before anything
+    else gets its turn."""
+    for _ in range(min(_DELIVERIES_PER_TURN, len(undelivered))):
+        client, item = undelivered.popleft()
         client.put(item)
+    if undelivered:
+        loop.call_soon(_put_some, loop, undelivered)

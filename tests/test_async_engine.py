@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import os
 import subprocess
 import sys
 import threading
@@ -577,3 +578,20 @@ def test_a_thousand_clients_half_of_whom_go() -> None:
         assert {len(tokens(result)) for result in rest} == {60}
 
     serve(engine, clients)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+@pytest.mark.parametrize("niceness", [0, 3])
+def test_the_engine_steps_back_behind_the_loop(niceness: int) -> None:
+    async def client() -> int:
+        async with AsyncEngine(make_engine(), niceness=niceness) as served:
+            await served.generate("hello", SINGLE)
+            (engine,) = [t for t in threading.enumerate() if t.name == "ivg-engine"]
+            return os.getpriority(os.PRIO_PROCESS, engine.native_id or 0)
+
+    assert asyncio.run(client()) == min(os.getpriority(os.PRIO_PROCESS, 0) + niceness, 19)
+
+
+def test_a_niceness_out_of_range_is_refused() -> None:
+    with make_engine() as engine, pytest.raises(InvalidParameterError, match="niceness.*20"):
+        AsyncEngine(engine, niceness=20)

@@ -97,7 +97,8 @@ def run(arguments: argparse.Namespace) -> bool:
     )
     engine.warmup()
     name = Path(asked.models["base"]).name
-    served = AsyncEngine(engine)  # stops with the application, or the process
+    # It stops with the application, or the process.
+    served = AsyncEngine(engine, niceness=config.niceness)
     app = create_app(served, name, defaults=params, config=config, api_key=key)
     serve(app, config, listener)
     return True

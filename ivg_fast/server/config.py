@@ -26,6 +26,8 @@ class ServerConfig:
         max_stops: stop strings of a request.
         retry_after_s: seconds after which those that the queue has no room for are told to return.
         drain_timeout_s: seconds that requests may still take once the server is told to end.
+        niceness: by how much the engine's threads step back behind the event loop, 0 to 19: what
+            is sent and accepted takes little time, but should not wait for a decode step.
 
     Raises:
         InvalidParameterError: names the field and the value.
@@ -40,6 +42,7 @@ class ServerConfig:
     max_stops: int = 16
     retry_after_s: int = 1
     drain_timeout_s: int = 30
+    niceness: int = 10
 
     def __post_init__(self) -> None:
         if not isinstance(self.host, str) or not self.host:
@@ -53,3 +56,4 @@ class ServerConfig:
             check_integer(name, getattr(self, name), 1)
         check_integer("max_stops", self.max_stops, 0)
         check_integer("drain_timeout_s", self.drain_timeout_s, 0, 10**6)
+        check_integer("niceness", self.niceness, 0, 19)

@@ -342,6 +342,7 @@ def test_where_a_key_comes_from(tmp_path, monkeypatch) -> None:
         ("max_stops", -1),
         ("retry_after_s", 0),
         ("drain_timeout_s", -1),
+        ("niceness", 20),
     ],
 )
 def test_bad_server_config(name: str, value: Any) -> None:
