@@ -593,5 +593,5 @@ def test_the_engine_steps_back_behind_the_loop(niceness: int) -> None:
 
 
 def test_a_niceness_out_of_range_is_refused() -> None:
-    with make_engine() as engine, pytest.raises(InvalidParameterError, match="niceness.*20"):
+    with make_engine() as engine, pytest.raises(InvalidParameterError, match=r"niceness.*20"):
         AsyncEngine(engine, niceness=20)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 
 from ivg_fast import client
@@ -34,7 +35,7 @@ async def turns_of(deliveries: list[list[tuple[int, int]]], num_clients: int) ->
         reader.cancel()
     for i, numbers in enumerate(got):
         assert numbers == [n for items in deliveries for j, n in items if j == i]
-    return [b - a for a, b in zip(counts, counts[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(counts)]
 
 
 def test_a_crowd_is_served_a_few_at_a_time_and_in_order(monkeypatch) -> None:
