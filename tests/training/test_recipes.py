@@ -20,7 +20,7 @@ from ivg_fast.training.evaluate import (
     response_logprobs,
     sides,
 )
-from ivg_fast.training.optim import MuonAdamW
+from ivg_fast.training.optim import Muon, MuonAdamW, orthogonalized
 from ivg_fast.training.records import TrainingDataError
 from ivg_fast.training.sft import SFTConfig, new_gpt2, perplexity, train_sft
 from ivg_fast.training.value import ValueConfig, train_value
@@ -206,3 +206,38 @@ def test_bf16_only_where_the_cpu_multiplies_it(name, expected, tmp_path, monkeyp
     assert common.trainer_arguments(config, tmp_path)["bf16"] is expected
     precision = common.write_metrics(tmp_path, {})["precision"]
     assert ("bf16" in precision) is expected
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
+def test_orthogonalized_keeps_the_directions(shape):
+    torch.manual_seed(shape[0])
+    matrix = torch.randn(shape) @ torch.diag(torch.logspace(-1, 1, shape[1]))
+    u, sizes, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    stretched = u.T @ orthogonalized(matrix).double() @ v.T
+    is_large = sizes > 0.02 * matrix.norm()
+    assert is_large.sum() > len(sizes) // 2
+    assert stretched.diagonal()[is_large].min() > 0.4
+    assert stretched.diagonal().max() < 1.4
+    assert (stretched - torch.diag(stretched.diagonal())).abs().max() < 1e-3
+    assert matrix.norm(dim=0).max() > 5 * matrix.norm(dim=0).min()  # it was no such matrix before
+
+
+def test_muon_steps_as_that_of_torch():
+    torch.manual_seed(0)
+    start = [torch.randn(12, 30), torch.randn(30, 8)]
+    ours = [torch.nn.Parameter(m.clone()) for m in start]
+    theirs = [torch.nn.Parameter(m.clone()) for m in start]
+    plain = [m.clone() for m in start]  # control: plain gradient steps go elsewhere
+    muon = Muon(ours, 0.05, 0.1)
+    other = torch.optim.Muon(theirs, lr=0.05, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(6):
+        for mine, its, own in zip(ours, theirs, plain, strict=True):
+            mine.grad = torch.randn_like(mine)
+            its.grad = mine.grad.clone()
+            own -= 0.05 * mine.grad
+        muon.step()
+        other.step()
+    for mine, its, own, first in zip(ours, theirs, plain, start, strict=True):
+        moved = (its - first).norm()
+        assert (mine - its).norm() < 0.02 * moved  # bfloat16
+        assert (own - its).norm() > 0.2 * moved
