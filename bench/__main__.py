@@ -13,7 +13,7 @@ NAMES = {
     "serve": "the HTTP server under load from another process",
     "all": "all of these, one after another",
     "models": "guided search on models of well-known shapes, random weights, for a GPU",
-    "report": "README's table, and plots, from bench/results",
+    "report": "the READMEs' tables, and plots, from bench/results",
     "soak": "many short requests that abort, fail and leave: ends, blocks, memory",
     "demo": "base, EFT, CBS and IVG on held-out prompts",
 }

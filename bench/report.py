@@ -1,25 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m bench report`: writes README's benchmark table from the CSVs in bench/results.
+"""`python -m bench report`: writes the tables of both READMEs from the CSVs in bench/results.
 
-The table stands between two marker comments and is never typed. Every row of it is the quotient of
-two medians of one run, side by side; the CSV has the command that ran it. To reproduce one, run
+They stand between marker comments and are never typed. Every row of README's is the quotient of two
+medians of one run, side by side; the CSV has the command that ran it. To reproduce one, run
 that command; to replace all, `python -m bench all --out bench/results`, then this.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.harness import Record, read_csv
+from bench.tables import RESULTS, ablation, marked, serving
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
-README = ROOT / "README.md"
-BEGIN = "<!-- python -m bench report: begin -->"
-END = "<!-- python -m bench report: end -->"
 OURS = "ivg_fast"
 
 
@@ -105,12 +102,10 @@ def _one(records: Sequence[Record], row: Row, provider: str) -> Record:
 
 
 def table(results: Path = RESULTS) -> str:
-    """What stands between the markers, they included."""
+    """Ours against others: README's table, between its markers."""
     names = dict.fromkeys(row.file for row in ROWS)
     files = {name: read_csv(results / f"{name}.csv") for name in names}
     lines = [
-        BEGIN,
-        "",
         "| what | ivg_fast | against | takes | times as long |",
         "|---|---:|---|---:|---:|",
     ]
@@ -129,18 +124,27 @@ def table(results: Path = RESULTS) -> str:
         configs = sorted({record.config for record in used})
         one = records[0]
         lines.append(f"- `{one.command}`: {'; '.join(configs)}. {one.device}; {one.versions}.")
-    return "\n".join([*lines, "", END])
+    return marked("", lines)
 
 
 def spliced(text: str, new: str) -> str:
-    """`text` with what stands between the markers replaced.
+    """`text` with what stands between the first and the last line of `new` replaced.
 
     Raises:
-        SystemExit: the markers are not there once each.
+        SystemExit: these lines are not there once each.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise SystemExit(f"README.md must hold each once: {BEGIN} and {END}")
-    return text[: text.index(BEGIN)] + new + text[text.index(END) + len(END) :]
+    lines = new.splitlines()
+    begin, end = lines[0], lines[-1]
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f"the file must hold each once: {begin} and {end}")
+    return text[: text.index(begin)] + new + text[text.index(end) + len(end) :]
+
+
+# file -> its tables
+TABLES: dict[Path, tuple[Callable[[Path], str], ...]] = {
+    ROOT / "README.md": (table,),
+    ROOT / "bench" / "README.md": (ablation, serving),
+}
 
 
 def main() -> None:
@@ -149,9 +153,12 @@ def main() -> None:
     )
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw every stored CSV as well")
     options = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    README.write_text(spliced(text, table()), encoding="utf-8")
-    print(f"wrote the table of {README.name}")
+    for path, tables in TABLES.items():
+        text = path.read_text(encoding="utf-8")
+        for new in tables:
+            text = spliced(text, new(RESULTS))
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote the tables of {path.relative_to(ROOT)}")
     if options.plot:
         from bench.plots import draw
 

@@ -19,6 +19,7 @@ import torch
 from baseline_cases import PROVIDERS
 
 from bench import attention, e2e, harness, kv, ops, plots, report, run, torch_samplers
+from bench import tables as tables_of_bench
 from bench.baselines import ValueModel
 from bench.imdb import Imdb, counted_tokens, engine_tokens
 from bench.replay import Replay
@@ -257,14 +258,20 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert "usage" in wrong.stderr
 
 
-def test_readme_has_the_table_of_the_stored_results() -> None:
-    text = report.README.read_text(encoding="utf-8")
-    assert report.spliced(text, report.table()) == text
-    begin, end = text.index(report.BEGIN), text.index(report.END)
-    edited = text[:begin] + text[begin:end].replace("IVG end", "An end", 1) + text[end:]
-    assert report.spliced(edited, report.table()) != edited
-    with pytest.raises(SystemExit, match="must hold each once"):
-        report.spliced(text.replace(report.END, ""), "")
+def test_the_readmes_have_the_tables_of_the_stored_results() -> None:
+    for path, tables in report.TABLES.items():
+        text = path.read_text(encoding="utf-8")
+        for table in tables:
+            new = table(tables_of_bench.RESULTS)
+            assert report.spliced(text, new) == text
+            begin, end = new.splitlines()[0], new.splitlines()[-1]
+            edited = text.replace(new, new.replace("| ", "| x", 1))
+            assert edited != text
+            assert report.spliced(edited, new) == text
+            with pytest.raises(SystemExit, match="must hold each once"):
+                report.spliced(text.replace(end, ""), new)
+            with pytest.raises(SystemExit, match="must hold each once"):
+                report.spliced(text + begin, new)
 
 
 def test_a_missing_record_is_named(tmp_path: Path) -> None:
