@@ -11,7 +11,8 @@ CORE_DIR := build/core-$(subst $(comma),-,$(SANITIZE))
 
 .PHONY: demo family test lint test-core test-threads test-python test-wheel bench-core gpu-check clean
 
-demo: $(VENV)/installed
+# Sets up no more than it needs, unless all is there.
+demo: $(VENV)/$(if $(wildcard $(VENV)/installed),installed,demo)
 	$(BIN)/python -m bench.demo
 
 # Trains the bundled models again, from nothing: data, gold reward, tokenizer, models, model card.
@@ -20,12 +21,15 @@ family: $(VENV)/installed
 
 test: lint test-core test-threads test-python test-wheel
 
+$(VENV)/demo: EXTRAS = bench
+$(VENV)/installed: EXTRAS = alpaca-eval,bench,lm-eval,ray,server,test,train
+
 # torch goes first and alone: an unpinned dependency could pull another build of it.
-$(VENV)/installed: $(SOURCES) constraints.txt
+$(VENV)/demo $(VENV)/installed: $(SOURCES) constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[alpaca-eval,bench,lm-eval,ray,server,test,train]'
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
 lint: $(VENV)/installed
