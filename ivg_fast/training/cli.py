@@ -60,17 +60,22 @@ def load_reward(name: str) -> Callable[[Sequence[str]], Sequence[float]]:
 
 
 def _sft(args: argparse.Namespace) -> dict[str, Any]:
+    from ivg_fast.training.response_sft import RESPONSE_COLUMNS, train_responses
     from ivg_fast.training.sft import new_gpt2, train_sft
 
     config = _config(args, SFTConfig)
-    texts = read_texts(args.data)
-    eval_texts = read_texts(args.eval_data) if args.eval_data else ()
     tokenizer = common.load_tokenizer(args.tokenizer or args.model)
     if args.new is not None:
         layers, hidden = args.new
         model = new_gpt2(tokenizer, layers, hidden, config.block_size, config.seed)
     else:
         model = common.load_model(args.model)
+    if args.response_only:
+        records = read_jsonl(args.data, RESPONSE_COLUMNS)
+        held_out = read_jsonl(args.eval_data, RESPONSE_COLUMNS) if args.eval_data else ()
+        return train_responses(model, tokenizer, records, config, held_out)
+    texts = read_texts(args.data)
+    eval_texts = read_texts(args.eval_data) if args.eval_data else ()
     return train_sft(model, tokenizer, texts, config, eval_texts)
 
 
@@ -124,6 +129,11 @@ def add_parser(subparsers: Any) -> None:
     )
     sft.add_argument("--data", required=True, help="JSON lines: text, or prompt and response")
     sft.add_argument("--eval-data", help="JSON lines for the held-out perplexity")
+    sft.add_argument(
+        "--response-only",
+        action="store_true",
+        help="prompt and response: the loss counts the response and its end of text alone",
+    )
     _add_config(sft, SFTConfig)
     sft.set_defaults(run=_sft)
 

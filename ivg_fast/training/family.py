@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivg_fast.errors import InvalidParameterError
 from ivg_fast.training import card, common, evaluate, imdb
 from ivg_fast.training.dpo import DPORecipe, train_dpo
 from ivg_fast.training.grow import grow_gpt2
@@ -24,6 +23,7 @@ from ivg_fast.training.preferences import PreferenceConfig, sample_preferences
 from ivg_fast.training.records import PAIR_COLUMNS, SAMPLE_COLUMNS, read_jsonl, write_jsonl
 from ivg_fast.training.rewards import GoldReward, accuracy
 from ivg_fast.training.sft import SFTConfig, new_gpt2, perplexity, train_sft
+from ivg_fast.training.stages import Stages, chosen_stages
 from ivg_fast.training.tokenizer import train_tokenizer
 from ivg_fast.training.value import ValueConfig, train_value
 from ivg_fast.training.value_model import PrefixValueModel, value_model_from
@@ -90,11 +90,12 @@ TINY = FamilySize(
 )
 
 
-class Family:
+class Family(Stages):
     """One build of the family: the data in hand and a method for each stage."""
 
     def __init__(self, work: Path, size: FamilySize, seed: int, reviews_csv: str | None) -> None:
-        self.work, self.size, self.seed = work, size, seed
+        super().__init__(work)
+        self.size, self.seed = size, seed
         self.reviews = imdb.load_reviews(reviews_csv)
         train = [review for review in self.reviews if review.split == "train"]
         if size.num_train_texts:
@@ -105,12 +106,6 @@ class Family:
         dev_prompts = imdb.prompts_of(self.reviews, "dev")
         self.dev_prompts = dev_prompts
         self.test_prompts = imdb.prompts_of(self.reviews, "test", frozenset(dev_prompts))
-
-    def is_done(self, stage: str) -> bool:
-        return (self.work / stage / "metrics.json").exists()
-
-    def metrics(self, stage: str) -> dict[str, Any]:
-        return json.loads((self.work / stage / "metrics.json").read_text(encoding="utf-8"))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         folder = self.work / "tokenizer"
@@ -243,15 +238,7 @@ class Family:
 
     def export(self, out: Path) -> None:
         """Copy what the package ships to `out`: models, gold reward, prompts, metrics."""
-        for name in MODELS:
-            (out / name).mkdir(parents=True, exist_ok=True)
-            for file in (self.work / name).iterdir():
-                shipped = file.suffix in (".json", ".safetensors") and file.name not in (
-                    "run.json",
-                    "metrics.json",
-                )
-                if shipped:
-                    shutil.copyfile(file, out / name / file.name)
+        self.export_models(out, MODELS)
         shutil.copyfile(self.work / "gold_reward.npz", out / "gold_reward.npz")
         shutil.copyfile(self.work / "report" / "metrics.json", out / "metrics.json")
         test = self.test_prompts[: self.size.num_test_prompts]
@@ -294,10 +281,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Build the family that `args` describe; returns the report, or {} if it was not a stage."""
-    stages = args.stages.split(",")
-    for stage in stages:
-        if stage not in STAGES:
-            raise InvalidParameterError("stages", stage, f"must be among {STAGES}")
+    stages = chosen_stages(args.stages, STAGES)
     size = TINY if args.tiny else FamilySize()
     family = Family(Path(args.work), size, args.seed, args.reviews_csv)
     family.build(stages)
