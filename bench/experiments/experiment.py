@@ -19,9 +19,8 @@ from tqdm import tqdm
 import ivg_fast
 from bench.experiments.cells import Cell, CellResult, CellStore, decode
 from bench.experiments.families import Family, Prompts
-from bench.experiments.measures import base_measure, gold_measure, judge_measure, lexicon_measure
+from bench.experiments.measures import base_measure, judge_measure
 from bench.experiments.methods import (
-    SAMPLING,
     Method,
     choose_weights,
     main_methods,
@@ -37,6 +36,7 @@ from bench.experiments.summary import (
     order,
     times,
 )
+from bench.experiments.tasks import SENTIMENT, Task
 from bench.run import device_name
 from ivg_fast import Engine, EngineConfig
 from ivg_fast.request import ROLES
@@ -71,8 +71,14 @@ class Experiment:
     """Stages over one folder. Engine and models load when something is missing."""
 
     def __init__(
-        self, out: Path, family: Family, prompts: dict[str, Prompts], settings: Settings
+        self,
+        out: Path,
+        family: Family,
+        prompts: dict[str, Prompts],
+        settings: Settings,
+        task: Task = SENTIMENT,
     ) -> None:
+        self.task = task
         self.out, self.family, self.prompts, self.settings = out, family, prompts, settings
         self.versions = {
             "ivg_fast": ivg_fast.__version__,
@@ -89,9 +95,9 @@ class Experiment:
         device = settings.device or "cpu"
         self._judges = Judges(
             out / "measures",
-            gold_measure(family, device),
-            lexicon_measure(),
-            base_measure(family, SAMPLING["temperature"], device),
+            task.gold(family, device),
+            task.second(prompts),
+            base_measure(family, task.sampling["temperature"], device),
         )
         self._judge = judge_measure(settings.judge, device) if settings.judge else None
 
@@ -137,7 +143,7 @@ class Experiment:
     def choose(self) -> dict[str, float]:
         """Guidance weights, chosen on the dev prompts."""
         s = self.settings
-        methods = weight_methods({*s.weights, *s.wide_weights})
+        methods = weight_methods({*s.weights, *s.wide_weights}, self.task.sampling)
         cells = self.decode(methods, "dev", s.num_dev_prompts, [DEV_SEED], "dev")
         rows = []
         for method, (cell,) in zip(methods, cells, strict=True):
@@ -157,7 +163,7 @@ class Experiment:
     def main_table(self, chosen: dict[str, float]) -> dict[str, MethodResult]:
         """Every method with every seed on the test prompts."""
         s = self.settings
-        methods = main_methods(chosen)
+        methods = main_methods(chosen, self.task.sampling)
         cells = self.decode(methods, "test", s.num_prompts, s.seeds, "test")
         judged = min(s.num_judged, s.num_prompts)
         judges = replace(self._judges, judge=self._judge, num_judged=judged)
@@ -170,12 +176,13 @@ class Experiment:
     def weight_sweep(self) -> list[dict[str, Any]]:
         """Each guided method over its weight: the dev prompts that chose it, in full."""
         s = self.settings
-        methods = weight_methods({*s.weights, *s.wide_weights})
+        methods = weight_methods({*s.weights, *s.wide_weights}, self.task.sampling)
         return self._sweep(methods, s.num_dev_prompts, "weights")
 
     def search_sweep(self, ivg_weight: float) -> list[dict[str, Any]]:
         """CBS(explicit) and IVG over W, K, L."""
-        return self._sweep(search_sweep(ivg_weight), self.settings.num_sweep_prompts, "W, K, L")
+        methods = search_sweep(ivg_weight, self.task.sampling)
+        return self._sweep(methods, self.settings.num_sweep_prompts, "W, K, L")
 
     def _sweep(self, methods: Sequence[Method], count: int, what: str) -> list[dict[str, Any]]:
         cells = self.decode(methods, "dev", count, [DEV_SEED], what)
@@ -188,7 +195,7 @@ class Experiment:
     def time(self, chosen: dict[str, float], rounds: int = 3) -> None:
         """Times alone, methods taking turns: the median round of each. Writes timing.json."""
         count = self.settings.num_timed_prompts
-        cells = self._timed_cells(main_methods(chosen))
+        cells = self._timed_cells(main_methods(chosen, self.task.sampling))
         prompts = self.prompts["test"].first(count)
         batches: dict[str, list[dict[str, Any]]] = {cell.method.name: [] for cell in cells}
         with tqdm(total=len(cells) * (rounds + 1), desc="times", unit="run") as bar:
@@ -232,7 +239,7 @@ class Experiment:
         summary = {
             "settings": {
                 "family": self.family.name,
-                "models": dict(self.family.models) if self.family.name != "bundled" else {},
+                "models": {} if self.family.is_local else dict(self.family.models),
                 "num_prompts": s.num_prompts,
                 "num_dev_prompts": s.num_dev_prompts,
                 "seeds": list(s.seeds),
@@ -252,6 +259,10 @@ class Experiment:
             "device": device_name(s.device or "cpu"),
             "command": command,
         }
+        if self.task is not SENTIMENT:
+            summary["task"] = self.task.name
+            summary["second_differences"] = differences(results, "second")
+            summary["samples"] = self._samples
         known = self._known_times()
         cells = self._timed_cells([result.method for result in results.values()])
         timing = {cell.method.name: known.get(self._time_key(cell)) for cell in cells}
@@ -266,17 +277,19 @@ class Experiment:
         samples = []
         with (self.out / "per_prompt.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["method", "seed", "prompt", "gold", "lexicon"])
+            writer.writerow(["method", "seed", "prompt", "gold", self._judges.second.name])
             for (name, result), own in zip(results.items(), cells, strict=True):
                 for i, seed in enumerate(self.settings.seeds):
-                    pairs = zip(result.gold[i], result.lexicon[i], strict=True)
-                    for index, (gold, lexicon) in enumerate(pairs):
-                        writer.writerow([name, seed, index, f"{gold:.4f}", f"{lexicon:.4f}"])
+                    pairs = zip(result.gold[i], result.second[i], strict=True)
+                    for index, (gold, second) in enumerate(pairs):
+                        writer.writerow([name, seed, index, f"{gold:.4f}", f"{second:.4f}"])
                 for index, record in enumerate(own[0].records[:NUM_SAMPLES]):
                     sample = {key: record[key] for key in ("prompt", "response")}
                     gold = float(result.gold[0, index])
                     samples.append({"method": name, **sample, "gold": gold})
         write_jsonl(self.out / "samples.jsonl", samples)
+        references = self.prompts["test"].references
+        self._samples = [{**s, "reference": references.get(s["prompt"], "")} for s in samples]
 
 
 def _write_json(path: Path, value: Any) -> None:

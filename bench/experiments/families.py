@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from ivg_fast.assets import imdb_path
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.request import ROLES
-from ivg_fast.templates import preset
+from ivg_fast.templates import Template, preset
 from ivg_fast.training.records import read_jsonl
 
 SPLITS = ("dev", "test")
@@ -27,19 +27,25 @@ class Family:
         name: what the results call it.
         models: by role.
         gold: an .npz of GoldReward, or a classifier of two labels (negative, positive).
-        templates: names of prompt templates by role; a role without one reads the raw prompt.
+        templates: prompt templates, or their names, by role; a role without one reads the raw
+            prompt.
+        is_local: its folders are this machine's, results do not name them.
     """
 
     name: str
     models: Mapping[str, str]
     gold: str
-    templates: Mapping[str, str] = field(default_factory=dict)
+    templates: Mapping[str, str | Template] = field(default_factory=dict)
+    is_local: bool = False
 
     def describe(self) -> dict[str, object]:
         """What of a family decides a response: weights and templates by role."""
         return {
             "models": {role: fingerprint(self.models[role]) for role in ROLES},
-            "templates": dict(sorted(self.templates.items())),
+            "templates": {
+                role: one if isinstance(one, str) else asdict(one)
+                for role, one in sorted(self.templates.items())
+            },
         }
 
 
@@ -47,7 +53,10 @@ def bundled() -> Family:
     """The IMDB family that ships with the package."""
     folder = imdb_path()
     return Family(
-        "bundled", {role: str(folder / role) for role in ROLES}, str(folder / "gold_reward.npz")
+        "bundled",
+        {role: str(folder / role) for role in ROLES},
+        str(folder / "gold_reward.npz"),
+        is_local=True,
     )
 
 
@@ -84,10 +93,11 @@ def fingerprint(source: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """The raw prompts of a split, in their order."""
+    """The raw prompts of a split, in their order; references by prompt, where there are any."""
 
     split: str
     texts: tuple[str, ...]
+    references: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -104,6 +114,8 @@ class Prompts:
 def load_prompts(path: str | None = None) -> dict[str, Prompts]:
     """The prompts of both splits, of JSON lines {"split", "prompt"}; None: those that ship.
 
+    A "gist" beside a prompt is its reference.
+
     Raises:
         InvalidParameterError: a prompt is in both splits.
     """
@@ -115,4 +127,5 @@ def load_prompts(path: str | None = None) -> dict[str, Prompts]:
     shared = set(splits["dev"]) & set(splits["test"])
     if shared:
         raise InvalidParameterError("prompts", min(shared), "must not be in both dev and test")
-    return {split: Prompts(split, tuple(texts)) for split, texts in splits.items()}
+    references = {r["prompt"]: r["gist"] for r in records if "gist" in r}
+    return {split: Prompts(split, tuple(texts), references) for split, texts in splits.items()}

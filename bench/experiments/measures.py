@@ -7,21 +7,28 @@ and grows with the cell.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from bench.experiments.cells import CellResult, Record
-from bench.experiments.families import Family, fingerprint
+from bench.experiments.families import Family, Prompts, fingerprint
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.models.loading import load_model
 from ivg_fast.training.rewards import GoldReward, LexiconReward
+from ivg_fast.training.summary_reward import SentenceEncoder, SummaryReward, rouge
 
 BATCH = 16
 Rows = list[list[float]]
@@ -81,6 +88,46 @@ def lexicon_measure() -> Measure:
         return lambda records: [[x] for x in score([whole_text(r) for r in records])]
 
     return Measure("lexicon", "vader", make)
+
+
+def summary_measure(family: Family, device: str = "cpu") -> Measure:
+    """The reward of a summary: by a sentence encoder, or by a reward model, whichever gold is.
+
+    A reward model reads the post, "TL;DR: " and the summary, as the paper's guides do.
+    """
+
+    def make() -> Callable[[Sequence[Record]], Rows]:
+        kinds = AutoConfig.from_pretrained(family.gold).architectures or [""]
+        if kinds[0].endswith("ForSequenceClassification"):
+            score = ClassifierReward(family.gold, device).score
+            return lambda records: [
+                [x]
+                for x in score([r["prompt"] + "TL;DR: " + r["response"].strip() for r in records])
+            ]
+        reward = SummaryReward(SentenceEncoder(family.gold))
+        return lambda records: [
+            [x]
+            for x in reward.score_pairs(
+                [r["prompt"] for r in records], [r["response"] for r in records]
+            )
+        ]
+
+    return Measure("gold", _safe(fingerprint(family.gold)), make)
+
+
+def rouge_measure(prompts: Mapping[str, Prompts]) -> Measure:
+    """ROUGE-1 F and ROUGE-L F against the reference; of a prompt without one, against itself."""
+    references = {p: gist for split in prompts.values() for p, gist in split.references.items()}
+    texts = json.dumps(sorted(references.items()))
+    version = hashlib.sha256(texts.encode()).hexdigest()[:16]
+
+    def make() -> Callable[[Sequence[Record]], Rows]:
+        return lambda records: rouge(
+            [references.get(r["prompt"], r["prompt"]) for r in records],
+            [r["response"] for r in records],
+        )
+
+    return Measure("rouge", version, make)
 
 
 def base_measure(family: Family, temperature: float, device: str = "cpu") -> Measure:
@@ -169,7 +216,7 @@ def response_logprobs(
 
 
 class ClassifierReward:
-    """logit(positive) - logit(negative) of a sequence classifier with these two labels."""
+    """logit(positive) - logit(negative) of a classifier; the logit, where it has one label."""
 
     def __init__(self, source: str, device: str = "cpu") -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(source)
@@ -177,12 +224,12 @@ class ClassifierReward:
             source, dtype=torch.float32, use_safetensors=True
         ).eval()
         self._model.to(device)
-        if self._model.config.num_labels != 2:
-            raise InvalidParameterError("gold", source, "must be a classifier of two labels")
+        if self._model.config.num_labels not in (1, 2):
+            raise InvalidParameterError("gold", source, "must have one label or two")
 
     @torch.inference_mode()
     def score(self, texts: Sequence[str]) -> list[float]:
-        """One difference of logits a text."""
+        """One number a text."""
         scores: list[float] = []
         for begin in range(0, len(texts), BATCH):
             inputs = self._tokenizer(
@@ -193,7 +240,8 @@ class ClassifierReward:
             )
             inputs.pop("token_type_ids", None)
             logits = self._model(**inputs.to(self._model.device)).logits
-            scores += (logits[:, 1] - logits[:, 0]).tolist()
+            own = logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0]
+            scores += own.tolist()
         return scores
 
 

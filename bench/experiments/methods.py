@@ -34,7 +34,9 @@ class Method:
         return None if self.params.guidance == "none" else self.params.guidance_weight
 
 
-def method(name: str, weight: float | None = None) -> Method:
+def method(
+    name: str, weight: float | None = None, sampling: Mapping[str, Any] = SAMPLING
+) -> Method:
     """The method of that name at W, K, L = 4, 4, 5; guided ones need a weight.
 
     `args` is z = base + w * s(. | prefix) with the vocabulary head, over all tokens: the engine's
@@ -45,7 +47,7 @@ def method(name: str, weight: float | None = None) -> Method:
     if kind in GUIDED:
         if weight is None:
             raise ValueError(f"method {name} needs a weight")
-        guided: dict[str, Any] = {"guidance_weight": weight, **SAMPLING}
+        guided: dict[str, Any] = {"guidance_weight": weight, **sampling}
         params = {
             "eft": lambda: SearchParams.eft(**guided),
             "args": lambda: SearchParams(guidance="explicit", **guided),
@@ -53,46 +55,56 @@ def method(name: str, weight: float | None = None) -> Method:
         }[kind]()
         return Method(name, params)
     params = {
-        "base": lambda: SearchParams.base(**SAMPLING),
-        "best_of_16": lambda: SearchParams.best_of_n(WIDTH * NUM_CANDIDATES, **SAMPLING),
-        "cbs_implicit": lambda: SearchParams.cbs(scorer="implicit", **search, **SAMPLING),
-        "cbs_explicit": lambda: SearchParams.cbs(scorer="explicit", **search, **SAMPLING),
+        "base": lambda: SearchParams.base(**sampling),
+        "best_of_16": lambda: SearchParams.best_of_n(WIDTH * NUM_CANDIDATES, **sampling),
+        "cbs_implicit": lambda: SearchParams.cbs(scorer="implicit", **search, **sampling),
+        "cbs_explicit": lambda: SearchParams.cbs(scorer="explicit", **search, **sampling),
     }[kind]()
     return Method(name, params)
 
 
-def main_methods(chosen: Mapping[str, float]) -> list[Method]:
+def main_methods(
+    chosen: Mapping[str, float], sampling: Mapping[str, Any] = SAMPLING
+) -> list[Method]:
     """The rows of the main table; `chosen` has the weight of each guided row."""
     rows = [
-        method("base"),
-        method("best_of_16"),
-        method("eft", chosen["eft"]),
-        method("args", chosen["args"]),
-        method("cbs_implicit"),
-        method("cbs_explicit"),
-        method("ivg", chosen["ivg"]),
+        method("base", sampling=sampling),
+        method("best_of_16", sampling=sampling),
+        method("eft", chosen["eft"], sampling),
+        method("args", chosen["args"], sampling),
+        method("cbs_implicit", sampling=sampling),
+        method("cbs_explicit", sampling=sampling),
+        method("ivg", chosen["ivg"], sampling),
     ]
     # A wider grid that chooses the same weight says nothing new.
     return rows + [
-        method(kind + WIDE, chosen[kind + WIDE])
+        method(kind + WIDE, chosen[kind + WIDE], sampling)
         for kind in GUIDED
         if chosen.get(kind + WIDE, chosen[kind]) != chosen[kind]
     ]
 
 
-def weight_methods(weights: Sequence[float]) -> list[Method]:
+def weight_methods(
+    weights: Sequence[float], sampling: Mapping[str, Any] = SAMPLING
+) -> list[Method]:
     """Base, and each guided method with each weight: what the rule chooses from."""
-    return [method("base"), *(method(kind, w) for kind in GUIDED for w in sorted(weights))]
+    return [
+        method("base", sampling=sampling),
+        *(method(kind, w, sampling) for kind in GUIDED for w in sorted(weights)),
+    ]
 
 
-def search_sweep(ivg_weight: float) -> list[Method]:
+def search_sweep(ivg_weight: float, sampling: Mapping[str, Any] = SAMPLING) -> list[Method]:
     """CBS(explicit) and IVG over W, K and L, one at a time; each setting once."""
     found: dict[SearchParams, Method] = {}
-    for centre in (method("cbs_explicit"), method("ivg", ivg_weight)):
+    for centre in (
+        method("cbs_explicit", sampling=sampling),
+        method("ivg", ivg_weight, sampling),
+    ):
         for field, values in SWEPT.items():
             for value in values:
                 changed: dict[str, Any] = {field: value}
-                if field == "chunk_length" and value >= SAMPLING["max_tokens"]:
+                if field == "chunk_length" and value >= sampling["max_tokens"]:
                     changed[field] = None
                 params = replace(centre.params, **changed)
                 found.setdefault(params, Method(centre.name, params))

@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from bench.experiments.methods import GUIDED, WIDE
-from bench.experiments.report import label
+from bench.experiments.report import label, wording
 
 _COLOURS = {
     "base": "0.35",
@@ -45,7 +45,7 @@ def _reward_kl(summary: Mapping[str, Any], path: Path) -> Path:
     for name, row in summary["methods"].items():
         _point(axes, name, row["kl"]["total"], row, least=row["kl"]["log_ratio"])
     axes.set_xlabel("KL to the base, nats a response (a range where it is only bounded)")
-    return _finish(figure, axes, path)
+    return _finish(figure, axes, path, wording(summary).unit)
 
 
 def _reward_time(summary: Mapping[str, Any], path: Path) -> Path:
@@ -67,7 +67,7 @@ def _reward_time(summary: Mapping[str, Any], path: Path) -> Path:
         _point(axes, name, timing.get(name, row)["cpu_seconds"], row)
     axes.set_xscale("log")
     axes.set_xlabel("CPU seconds a prompt")
-    return _finish(figure, axes, path)
+    return _finish(figure, axes, path, wording(summary).unit)
 
 
 def _line(axes: Axes, kind: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -100,8 +100,8 @@ def _point(
     )
 
 
-def _finish(figure: Any, axes: Axes, path: Path) -> Path:
-    axes.set_ylabel("gold reward (log-odds)")
+def _finish(figure: Any, axes: Axes, path: Path, unit: str) -> Path:
+    axes.set_ylabel(f"gold reward ({unit})")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()

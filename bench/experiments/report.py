@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 _NAMES = {
@@ -20,7 +21,7 @@ _NAMES = {
 }
 
 _NOTES = """\
-Reward: of prompt + response; 95% intervals by bootstrap over prompts. distinct-n: share of distinct
+95% intervals by bootstrap over prompts. distinct-n: share of distinct
 runs of n words within a response. KL: in nats a response, to the base at the sampling temperature;
 token-wise methods by the mean of log p(response) - log p_base(response), which is unbiased. Of
 methods that select, a range: that mean for what they select from, which the KL is not below, and
@@ -35,19 +36,54 @@ _SWEEP_HEAD = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """What reports of one task say; `second` is the second judge's name in the figures."""
+
+    title: str
+    length: str
+    second: str
+    reward: str
+    unit: str
+
+
+_SENTIMENT = Wording(
+    "Controlled sentiment",
+    "50 tokens, no end of text",
+    "lexicon",
+    "Reward: of prompt + response; ",
+    "log-odds",
+)
+_WORDINGS = {
+    "summarization": Wording(
+        "Summarization",
+        "128 tokens at most, a line or an end of text",
+        "rouge",
+        "Reward: 10 times the cosine of the sentence embeddings of text and summary, minus 0.2 a\n"
+        "word beyond 25, minus 4 times the share of copied words; the paper's is a reward model.\n"
+        "rouge: ROUGE-1 F against the reference, or the text where there is none. ",
+        "reward",
+    )
+}
+
+
+def wording(summary: Mapping[str, Any]) -> Wording:
+    return _WORDINGS.get(summary.get("task", ""), _SENTIMENT)
+
+
 def label(name: str) -> str:
     return _NAMES.get(name, name)
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
     """The report: main table, differences, order, sweeps."""
-    settings = summary["settings"]
+    settings, words = summary["settings"], wording(summary)
     lines = [
-        "# Controlled sentiment",
+        f"# {words.title}",
         "",
         f"{settings['num_prompts']} held-out test prompts, seeds "
-        f"{', '.join(map(str, settings['seeds']))}; W, K, L = 4, 4, 5, temperature 0.7, 50 tokens, "
-        f"no end of text; models: {settings['family']}. Weights chosen on "
+        f"{', '.join(map(str, settings['seeds']))}; W, K, L = 4, 4, 5, temperature 0.7, "
+        f"{words.length}; models: {settings['family']}. Weights chosen on "
         f"{settings['num_dev_prompts']} dev prompts: the highest gold reward among those of "
         f"{_list(settings['weights'])} whose distinct-2 is at least {settings['min_distinct']} of "
         'the base\'s (where none is, the highest distinct-2); "any weight" is the same rule over '
@@ -56,7 +92,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
         "",
         *_main_table(summary),
         "",
-        _NOTES,
+        words.reward + _NOTES,
         *_judge_note(settings),
         *_time_note(summary),
         *_edge_note(summary),
@@ -71,7 +107,9 @@ def markdown(summary: Mapping[str, Any]) -> str:
         ),
         "",
         *_order(summary["order"]),
+        *_second(summary, words),
         *_sweeps(summary),
+        *_samples(summary),
         "",
         f"Made by `{summary['command']}`; {_versions(summary)}; device: {summary['device']}.",
     ]
@@ -81,7 +119,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
 def _main_table(summary: Mapping[str, Any]) -> list[str]:
     methods = summary["methods"]
     has_judge = any("perplexity_judge" in row for row in methods.values())
-    head = ["method", "weight", "gold reward", "95%", "by seed", "lexicon"]
+    head = ["method", "weight", "gold reward", "95%", "by seed", wording(summary).second]
     head += [f"perplexity ({summary['settings']['judge']})"] if has_judge else []
     head += ["perplexity (base)", "distinct-1", "distinct-2", "distinct-3", "KL to base"]
     head += ["s / prompt", "CPU s / prompt", "tokens forwarded: base, tuned, untuned, value"]
@@ -94,7 +132,7 @@ def _main_table(summary: Mapping[str, Any]) -> list[str]:
             f"{row['gold']:.2f}",
             _interval(row["gold_interval_95"]),
             ", ".join(f"{value:.2f}" for value in row["gold_by_seed"]),
-            f"{row['lexicon']:.3f}",
+            f"{row[wording(summary).second]:.3f}",
         ]
         if has_judge:
             cells.append(f"{row['perplexity_judge']:.1f}" if "perplexity_judge" in row else "-")
@@ -157,6 +195,50 @@ def _order(claims: Mapping[str, bool]) -> list[str]:
         "Of the paper's order (base below EFT and CBS, IVG above each) these differences have no "
         f"interval above 0: {', '.join(failed)}. The others do."
     ]
+
+
+def _second(summary: Mapping[str, Any], words: Wording) -> list[str]:
+    """The second judge against base, where the task asks that it is not worse."""
+    found = {
+        name: row
+        for name, row in summary.get("second_differences", {}).items()
+        if name.endswith(" - base")
+    }
+    if not found:
+        return []
+    worse = [name for name, row in found.items() if row["interval_95"][1] < 0]
+    verdict = f"Below base beyond the interval: {', '.join(worse)}." if worse else "None is below."
+    rows = [
+        (name, f"{row['mean']:+.3f}", "{:.3f} to {:.3f}".format(*row["interval_95"]))
+        for name, row in found.items()
+    ]
+    return [
+        "",
+        f"## Differences in {words.second}",
+        "",
+        *_table(("difference", "mean", "95% interval (paired bootstrap over prompts)"), rows),
+        "",
+        verdict,
+    ]
+
+
+def _samples(summary: Mapping[str, Any]) -> list[str]:
+    """The first prompts with every method's response, first seed."""
+    samples = summary.get("samples", [])
+    by_prompt: dict[str, list[Mapping[str, Any]]] = {}
+    for sample in samples:
+        by_prompt.setdefault(sample["prompt"], []).append(sample)
+    if not by_prompt:
+        return []
+    lines = ["", "## Samples", "", "The first test prompts, first seed, not chosen."]
+    for prompt, own in by_prompt.items():
+        lines += ["", f"> {' '.join(prompt.split())}", ""]
+        if own[0]["reference"]:
+            lines.append(f"- reference: {own[0]['reference']}")
+        for sample in own:
+            text = " ".join(sample["response"].split())
+            lines.append(f"- {label(sample['method'])} ({sample['gold']:+.1f}): {text}")
+    return lines
 
 
 def _sweeps(summary: Mapping[str, Any]) -> list[str]:

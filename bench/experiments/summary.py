@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,14 @@ LOADED = 0.5  # other processes that want a core, beyond which times are marked
 
 @dataclass(slots=True)
 class Judges:
-    """The measures of a run, and where they are cached. `judge` reads the first seed only."""
+    """The measures of a run, and where they are cached. `judge` reads the first seed only.
+
+    Figures call the second judge of rewards by the name of its measure.
+    """
 
     folder: Path
     gold: Measure
-    lexicon: Measure
+    second: Measure
     base: Measure
     judge: Measure | None = None
     num_judged: int | None = None
@@ -39,7 +42,7 @@ class MethodResult:
     method: Method
     figures: dict[str, Any]
     gold: NDArray[np.float64]
-    lexicon: NDArray[np.float64]
+    second: NDArray[np.float64]
 
 
 def measure_method(
@@ -50,7 +53,7 @@ def measure_method(
     def table(measure: Measure) -> NDArray[np.float64]:
         return np.array([measure.rows(judges.folder, result) for result in results])
 
-    gold, lexicon = table(judges.gold)[..., 0], table(judges.lexicon)[..., 0]
+    gold, second = table(judges.gold)[..., 0], table(judges.second)[..., 0]
     base = table(judges.base)
     records = [record for result in results for record in result.records]
     texts = [record["response"] for record in records]
@@ -67,7 +70,7 @@ def measure_method(
         "gold": float(gold.mean()),
         "gold_interval_95": bootstrap(gold.mean(0)),
         "gold_by_seed": gold.mean(1).tolist(),
-        "lexicon": float(lexicon.mean()),
+        judges.second.name: float(second.mean()),
         **{f"distinct_{n}": distinct_n(texts, n) for n in (1, 2, 3)},
         "perplexity_base": perplexity(base[..., 1].ravel().tolist(), base[..., 2].ravel().tolist()),
         "kl": {
@@ -86,7 +89,7 @@ def measure_method(
     if judges.judge is not None:
         rows = np.array(judges.judge.rows(judges.folder, results[0], judges.num_judged))
         figures["perplexity_judge"] = perplexity(rows[:, 0].tolist(), rows[:, 1].tolist())
-    return MethodResult(method, figures, gold, lexicon)
+    return MethodResult(method, figures, gold, second)
 
 
 def times(batches: Sequence[Mapping[str, Any]], num_threads: int) -> dict[str, Any]:
@@ -99,8 +102,10 @@ def times(batches: Sequence[Mapping[str, Any]], num_threads: int) -> dict[str, A
     }
 
 
-def differences(results: Mapping[str, MethodResult]) -> dict[str, Any]:
-    """Gold reward of each method against base, and of IVG against each: mean and interval.
+def differences(
+    results: Mapping[str, MethodResult], what: Literal["gold", "second"] = "gold"
+) -> dict[str, Any]:
+    """Reward of each method against base, and of IVG against each: mean and interval.
 
     Paired over prompts: the seeds of a prompt are averaged first.
     """
@@ -108,7 +113,7 @@ def differences(results: Mapping[str, MethodResult]) -> dict[str, Any]:
     pairs += [("ivg", name) for name in results if name not in ("base", "ivg")]
     found = {}
     for a, b in pairs:
-        difference = results[a].gold.mean(0) - results[b].gold.mean(0)
+        difference = getattr(results[a], what).mean(0) - getattr(results[b], what).mean(0)
         found[f"{a} - {b}"] = {
             "mean": float(difference.mean()),
             "interval_95": bootstrap(difference),

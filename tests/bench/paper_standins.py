@@ -24,11 +24,12 @@ from ivg_fast.training.tokenizer import train_tokenizer
 VOCAB_SIZE = 300
 
 
-def save_standins(folder: Path) -> dict[str, str]:
+def save_standins(folder: Path, num_positions: int = 256) -> dict[str, str]:
     """Writes base, tuned, untuned, value and gold; returns their folders by name."""
-    tokenizer = train_tokenizer(test_prompts(100), VOCAB_SIZE, 256)
+    tokenizer = train_tokenizer(test_prompts(100), VOCAB_SIZE, num_positions)
     folders = {name: folder / name for name in ("base", "tuned", "untuned", "value", "gold")}
     shape = {"vocab_size": VOCAB_SIZE, "n_layer": 1, "eos_token_id": 0, "bos_token_id": 0}
+    shape["n_positions"] = num_positions
     for seed, role in enumerate(("base", "tuned", "untuned")):
         model = tiny_model("gpt2", seed=seed, **shape)
         model.save_pretrained(folders[role])
@@ -41,11 +42,12 @@ def save_standins(folder: Path) -> dict[str, str]:
     backbone.config.save_pretrained(folders["value"])
     save_file(tensors, folders["value"] / "model.safetensors", {"format": "pt"})
     tokenizer.save_pretrained(folders["value"])
-    _save_classifier(folders["gold"])
+    save_classifier(folders["gold"])
     return {name: str(path) for name, path in folders.items()}
 
 
-def _save_classifier(folder: Path) -> None:
+def save_classifier(folder: Path, num_labels: int = 2) -> None:
+    """A DistilBERT with its tokenizer: negative and positive, or a reward model of one label."""
     letters = [chr(code) for code in range(33, 127)]
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
     pieces += ["good", "bad", "film", "##ing", "the"]
@@ -62,8 +64,8 @@ def _save_classifier(folder: Path) -> None:
         n_layers=2,
         n_heads=4,
         max_position_embeddings=128,
-        num_labels=2,
-        id2label={0: "NEGATIVE", 1: "POSITIVE"},
+        num_labels=num_labels,
+        id2label={0: "NEGATIVE", 1: "POSITIVE"} if num_labels == 2 else {0: "LABEL_0"},
     )
     model = DistilBertForSequenceClassification(config)
     redraw_weights(model, 3)

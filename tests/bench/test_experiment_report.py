@@ -186,3 +186,22 @@ def test_the_card_reads_the_results(tmp_path: Path) -> None:
     assert "| ivg - eft |" in text
     assert text.count("of ivg/") == 10
     assert "- (+9.0) **q9** of ivg/" in text
+
+
+def test_summarization_says_whose_second_judge_is_below_base(tmp_path: Path) -> None:
+    results = _results(tmp_path, MEANS)
+    summary = _summary(results)
+    for figures in summary["methods"].values():
+        figures["rouge"] = figures.pop("lexicon")
+    summary["task"] = "summarization"
+    for name, delta in (("eft", -0.1), ("ivg", 0.1)):
+        results[name].second = results[name].second + delta
+    summary["second_differences"] = differences(results, "second")
+    text = markdown(summary)
+    assert text.startswith("# Summarization\n")
+    assert _row(text, "IVG")["rouge"] == "0.250"
+    assert "| eft - base | -0.100 | -0.100 to -0.100 |" in text
+    assert "Below base beyond the interval: eft." in text
+    results["eft"].second = results["base"].second
+    summary["second_differences"] = differences(results, "second")
+    assert "None is below." in markdown(summary)
