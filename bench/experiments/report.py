@@ -206,7 +206,9 @@ def _second(summary: Mapping[str, Any], words: Wording) -> list[str]:
     }
     if not found:
         return []
-    worse = [name for name, row in found.items() if row["interval_95"][1] < 0]
+    worse = [
+        name.removesuffix(" - base") for name, row in found.items() if row["interval_95"][1] < 0
+    ]
     verdict = f"Below base beyond the interval: {', '.join(worse)}." if worse else "None is below."
     rows = [
         (name, f"{row['mean']:+.3f}", "{:.3f} to {:.3f}".format(*row["interval_95"]))
