@@ -44,6 +44,7 @@ logger = logging.getLogger("ivg_fast")
 
 MODELS = ("base", "untuned", "tuned", "value")
 STAGES = ["data", "untuned", "preferences", "heldout", "tuned", "value", "base", "report"]
+PART = 200  # reviews whose sentences are encoded together
 GIST_COLUMNS = {"split": str, "prompt": str, "gist": str}
 
 
@@ -127,19 +128,25 @@ class SummaryFamily(Stages):
         ]
 
     def data(self) -> None:
-        """Gists of evenly spaced reviews of each split."""
-        size, rows = self.size, []
+        """Gists of evenly spaced reviews of each split, in parts that an interruption leaves."""
+        size, folder, rows = self.size, self.work / "data", []
+        folder.mkdir(parents=True, exist_ok=True)
         reviews = imdb.load_reviews(self.reviews_csv)
         for split in imdb.SPLITS:
             own = [review for review in reviews if review.split == split]
             count = size.num_train_reviews if split == "train" else size.num_heldout_reviews
             own = own[:: max(1, len(own) // count)][:count]
-            for found in gists(own, self.encoder):
-                rows.append({"split": split, "prompt": found.text, "gist": found.gist})
-        (self.work / "data").mkdir(parents=True, exist_ok=True)
-        write_jsonl(self.work / "data" / "gists.jsonl", rows)
+            for begin in range(0, len(own), PART):
+                file = folder / f"{split}-{begin}-{len(own)}.json"
+                if not file.exists():
+                    part = [asdict(one) for one in gists(own[begin : begin + PART], self.encoder)]
+                    file.with_suffix(".part").write_text(json.dumps(part), encoding="utf-8")
+                    file.with_suffix(".part").replace(file)
+                for one in json.loads(file.read_text(encoding="utf-8")):
+                    rows.append({"split": split, "prompt": one["text"], "gist": one["gist"]})
+        write_jsonl(folder / "gists.jsonl", rows)
         counts = {s: sum(row["split"] == s for row in rows) for s in imdb.SPLITS}
-        common.write_metrics(self.work / "data", {f"num_{s}": n for s, n in counts.items()})
+        common.write_metrics(folder, {f"num_{s}": n for s, n in counts.items()})
 
     def language_model(self, stage: str) -> None:
         """Trains the bundled model of the same name on gists."""

@@ -182,7 +182,7 @@ def reviews_csv(tmp_path_factory):
     return path
 
 
-def test_family_from_nothing(reviews_csv, tmp_path):
+def test_family_from_nothing(reviews_csv, tmp_path, monkeypatch):
     pytest.importorskip("trl", reason="needs the extra `train`")
     start, encoder = save_start(tmp_path / "start"), save_encoder(tmp_path / "encoder")
     arguments = ["--tiny", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
@@ -212,5 +212,9 @@ def test_family_from_nothing(reviews_csv, tmp_path):
     stamp = (tmp_path / "work" / "base" / "model.safetensors").stat().st_mtime_ns
     assert summary_family.main(arguments) == 0
     assert (tmp_path / "work" / "base" / "model.safetensors").stat().st_mtime_ns == stamp
+    # nor does an interrupted stage of data encode again what it had
+    (tmp_path / "work" / "data" / "metrics.json").unlink()
+    monkeypatch.setattr(summary_family, "gists", lambda *_: pytest.fail("encoded again"))
+    assert summary_family.main(arguments) == 0
     with pytest.raises(InvalidParameterError, match="'bse'"):
         summary_family.main([*arguments, "--stages", "bse"])
