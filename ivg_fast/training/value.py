@@ -30,7 +30,8 @@ class ValueConfig:
     """Settings of `train_value`.
 
     `append_eos`: responses are whole texts and are valued at their EOS too; False for responses
-    cut at a length limit.
+    cut at a length limit. `train_backbone` False trains the head alone: it then reads the hidden
+    states of the model that gave the trunk, which an engine can share with that model.
     """
 
     output_dir: str
@@ -42,6 +43,7 @@ class ValueConfig:
     warmup_ratio: float = 0.05
     max_length: int = 512
     append_eos: bool = True
+    train_backbone: bool = True
     seed: int = 0
     save_steps: int = 200
     save_dtype: str = "float32"
@@ -148,6 +150,7 @@ def train_value(
             config.batch_size,
             f"must be <= {len(rows)}, the samples whose prompt leaves room in max_length",
         )
+    model.backbone.requires_grad_(config.train_backbone)
     inputs = {"num_samples": len(samples), "model": model.backbone.name_or_path, "head": model.head}
     folder = common.open_run("value", config, inputs)
     num_steps = int(len(rows) // config.batch_size * config.epochs)
