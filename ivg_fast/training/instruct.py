@@ -16,7 +16,7 @@ import argparse
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ STAGES = ("untuned", "samples", "heldout", "tuned", "value", "report")
 
 @dataclass(frozen=True, slots=True)
 class InstructSize:
-    """Data and optimisation; the defaults take about an hour on one core."""
+    """Data and optimisation; the defaults take half an hour on one core."""
 
     num_prompts: int = 320
     num_heldout_prompts: int = 48
@@ -350,6 +350,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stages", default=",".join(STAGES), help="comma-separated subset of %(default)s"
     )
+    for field in fields(InstructSize):
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, type=type(field.default), help=f"{field.default}")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -361,7 +364,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     avoid = []
     if args.disjoint_from:
         avoid = [record["prompt"] for record in read_jsonl(args.disjoint_from, {"prompt": str})]
-    size = TINY if args.tiny else InstructSize()
+    given = {field.name: getattr(args, field.name) for field in fields(InstructSize)}
+    size = replace(
+        TINY if args.tiny else InstructSize(), **{k: v for k, v in given.items() if v is not None}
+    )
     build = Instruct(Path(args.work), size, args.seed, args.model, avoid)
     build.build(stages)
     return build.metrics("report") if (build.work / "report" / "metrics.json").exists() else {}

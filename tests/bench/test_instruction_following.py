@@ -99,7 +99,11 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("short")
 def test_tulu_from_end_to_end(
-    models: dict[str, str], instructions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    models: dict[str, str],
+    instructions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = [*paper_arguments(models, instructions, tmp_path / "whole"), *SMALL]
     assert main(arguments) == 0
@@ -142,15 +146,15 @@ def test_tulu_from_end_to_end(
     file.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]) + b'{"instruction": "sa')
     assert main([*parts, "--merge"]) == 2
     assert main([*parts, "--rank", "1"]) == 0
-    again = _lines(file)
-    assert [r["output"] for r in again[1:]] == [json.loads(x)["output"] for x in
-                                                whole.splitlines()[1:]]  # fmt: skip
+    outputs = [json.loads(line)["output"] for line in whole.splitlines()[1:]]
+    assert [record["output"] for record in _lines(file)[1:]] == outputs
     assert main([*parts, "--merge"]) == 0
     assert rows_of(tmp_path / "parts", "base-tulu-ivg") == rows
 
     # Nothing is left for any rank, so no model is loaded; another seed is another run.
-    gone = [word.replace("parts", "parts") for word in parts]
-    assert main([*gone, "--rank", "0"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(instruction_following, "load_engine", None)
+        assert main([*parts, "--rank", "0"]) == 0
     other = [*parts[:-2], "--seed", "1"]
     assert main(other) == 0
     assert rows_of(tmp_path / "parts", "base-tulu-ivg") != rows, "the seed says nothing"
@@ -162,8 +166,28 @@ def _fields(params: SearchParams) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("short")
+@pytest.mark.parametrize(
+    ("preset", "shape", "paper_base"),
+    [
+        ("ultra", "llama", "meta-llama/Llama-2-70b-chat-hf"),
+        ("tulu", "mistral", "mistralai/Mistral-7B-Instruct-v0.2"),
+        ("tulu", "mixtral", "mistralai/Mixtral-8x7B-Instruct-v0.1"),
+    ],
+)
+def test_other_bases_run(
+    preset: str, shape: str, paper_base: str, instructions: Path, tmp_path: Path
+) -> None:
+    arguments = paper_arguments(save_paper(tmp_path / "m", shape), instructions, tmp_path / "o")
+    arguments[1] = preset
+    arguments += [*SMALL, "--paper-base", paper_base, "--value-template", "human-assistant"]
+    assert main([*arguments, "--num-prompts", "2", "--methods", "base", "ivg"]) == 0
+    texts = [rows_of(tmp_path / "o", f"base-{preset}-{m}")[0]["output"] for m in ("base", "ivg")]
+    assert texts[0] != texts[1]
+
+
+@pytest.mark.usefixtures("short")
 def test_alpaca_eval_takes_the_file(
-    models: dict[str, str], instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: dict[str, str], instructions: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("alpaca_eval", reason="needs the extra `alpaca-eval`")
     import yaml

@@ -76,6 +76,8 @@ def test_from_nothing(chat_model, tmp_path, monkeypatch, capsys) -> None:
     assert cli.main(arguments) == 0
     assert (tmp_path / "w" / "tuned" / "model.safetensors").stat().st_mtime_ns == stamp
     (tmp_path / "w" / "samples" / "metrics.json").unlink()
+    assert cli.main([*arguments, "--num-samples", "2"]) == 2
+    assert "other settings" in capsys.readouterr().err
     assert cli.main([*arguments, "--seed", "1"]) == 2
     assert "other settings" in capsys.readouterr().err
 
