@@ -27,7 +27,7 @@ def check_keys(annotators: str | Path) -> None:
         JudgeError: alpaca_eval or an API key is missing; says which.
         InvalidParameterError: no such configuration.
     """
-    for decoder in _decoders(annotators):
+    for decoder in _decoders(_resolved(annotators)):
         names = _KEYS.get(decoder.split("_")[0], ())
         if not names or any(os.environ.get(name) for name in names):
             continue
@@ -37,6 +37,12 @@ def check_keys(annotators: str | Path) -> None:
             f"alpaca_eval's annotator {str(annotators)!r} asks {decoder}, which needs an API key: "
             f"set {' or '.join(names)}, or name a local annotator's configs.yaml by --annotators"
         )
+
+
+def _resolved(annotators: str | Path) -> str:
+    """A file or folder that is here by its whole path: alpaca_eval looks in its own folder."""
+    path = Path(annotators)
+    return str(path.resolve() if path.exists() else path)
 
 
 def _decoders(annotators: str | Path) -> list[str]:
@@ -94,7 +100,7 @@ def judge(
     leaderboard, _ = evaluate(
         model_outputs=ours,
         reference_outputs=theirs,
-        annotators_config=annotators,
+        annotators_config=_resolved(annotators),
         precomputed_leaderboard=None,
         is_return_instead_of_print=True,
         output_path=None,

@@ -187,7 +187,7 @@ def test_other_bases_run(
 
 @pytest.mark.usefixtures("short")
 def test_alpaca_eval_takes_the_file(
-    models: dict[str, str], instructions: Path, tmp_path: Path
+    models: dict[str, str], instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("alpaca_eval", reason="needs the extra `alpaca-eval`")
     import yaml
@@ -211,7 +211,8 @@ def test_alpaca_eval_takes_the_file(
     annotators.write_text(yaml.safe_dump(config), "utf-8")
     arguments = [*paper_arguments(models, instructions, tmp_path / "o"), *SMALL]
     arguments += ["--num-prompts", "3", "--judge", str(instructions), "--plain-win-rate"]
-    assert main([*arguments, "--annotators", str(annotators)]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments, "--annotators", annotators.name]) == 0
     (row,) = json.loads((tmp_path / "o" / "win_rates.json").read_text()).values()
     assert row["generator"] == "base-tulu-ivg"
     assert row["win_rate"] == 100.0
