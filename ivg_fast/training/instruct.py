@@ -56,7 +56,7 @@ class InstructSize:
     dpo_epochs: float = 1.0
     value_learning_rate: float = 1e-3
     value_batch_size: int = 16
-    value_epochs: float = 2.0
+    value_epochs: float = 4.0
     sample_batch_size: int = 16
 
 
@@ -255,7 +255,6 @@ class Instruct:
             epochs=size.value_epochs,
             train_backbone=False,
             seed=self.seed,
-            save_steps=20,
         )
         model = value_model_from(self.work / "tuned", "scalar")
         train_value(model, self.tokenizer(), samples, config)
