@@ -70,7 +70,9 @@ def load_ifeval(path: str | Path) -> list[Item]:
                 f"{path}, record {index + 1}: instruction_id_list and kwargs must be of one length"
             )
         key = record.get("key", record.get("id", index))
-        items.append(Item(index, record["prompt"], "", checks, int(key)))
+        if not isinstance(key, int):
+            raise TrainingDataError(f"{path}, record {index + 1}: key must be int, got {key!r}")
+        items.append(Item(index, record["prompt"], "", checks, key))
     return items
 
 

@@ -40,7 +40,7 @@ STAGES = ("untuned", "samples", "heldout", "tuned", "value", "report")
 
 @dataclass(frozen=True, slots=True)
 class InstructSize:
-    """Data and optimisation; the defaults take half an hour on one core."""
+    """Data and optimisation; the defaults take an hour on one core."""
 
     num_prompts: int = 320
     num_heldout_prompts: int = 48
@@ -53,7 +53,7 @@ class InstructSize:
     beta: float = 0.1
     dpo_learning_rate: float = 5e-4
     dpo_batch_size: int = 8
-    dpo_epochs: float = 1.0
+    dpo_epochs: float = 3.0
     value_learning_rate: float = 1e-3
     value_batch_size: int = 16
     value_epochs: float = 4.0
@@ -68,6 +68,7 @@ TINY = InstructSize(
     min_reward_gap=0.1,
     lora_rank=2,
     dpo_batch_size=2,
+    dpo_epochs=1.0,
     value_batch_size=4,
     value_epochs=1.0,
     sample_batch_size=8,
