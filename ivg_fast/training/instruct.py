@@ -40,10 +40,10 @@ STAGES = ("untuned", "samples", "heldout", "tuned", "value", "report")
 
 @dataclass(frozen=True, slots=True)
 class InstructSize:
-    """Data and optimisation; the defaults take an hour on one core."""
+    """Data and optimisation; the defaults take an hour and a half on one core."""
 
-    num_prompts: int = 320
-    num_heldout_prompts: int = 48
+    num_prompts: int = 640
+    num_heldout_prompts: int = 160
     num_samples: int = 4
     response_tokens: int = 64
     temperature: float = 0.8
@@ -54,9 +54,9 @@ class InstructSize:
     dpo_learning_rate: float = 5e-4
     dpo_batch_size: int = 8
     dpo_epochs: float = 3.0
-    value_learning_rate: float = 1e-3
+    value_learning_rate: float = 3e-3
     value_batch_size: int = 16
-    value_epochs: float = 4.0
+    value_epochs: float = 20.0
     sample_batch_size: int = 16
 
 
