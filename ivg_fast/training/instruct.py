@@ -40,7 +40,7 @@ STAGES = ("untuned", "samples", "heldout", "tuned", "value", "report")
 
 @dataclass(frozen=True, slots=True)
 class InstructSize:
-    """Data and optimisation. Half the prompts and one epoch of DPO take half an hour on one core."""
+    """Data and optimisation. Half the prompts and one epoch of DPO: half an hour on one core."""
 
     num_prompts: int = 640
     num_heldout_prompts: int = 160
