@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,8 +69,12 @@ class IFEvalJudge:
                 instruction_id_list=item.checks["instruction_id_list"],
                 kwargs=item.checks["kwargs"],
             )
-            strict = self._checkers.test_instruction_following_strict(example, response)
-            loose = self._checkers.test_instruction_following_loose(example, response)
+            strict, loose = (
+                _seeded(getattr(self._checkers, f"test_instruction_following_{kind}"), item.key)(
+                    example, response
+                )
+                for kind in ("strict", "loose")
+            )
             verdicts.append(
                 Verdict(
                     tuple(map(bool, strict.follow_instruction_list)),
@@ -77,3 +82,18 @@ class IFEvalJudge:
                 )
             )
         return verdicts
+
+
+def _seeded(check: Callable[..., Any], seed: int) -> Callable[..., Any]:
+    """`check` with random numbers of its own: a checker draws the arguments that it refuses, such
+    as "!" for a letter, and is to draw the same for every method, strictly and loosely."""
+
+    def run(*args: Any) -> Any:
+        state = random.getstate()
+        random.seed(seed)
+        try:
+            return check(*args)
+        finally:
+            random.setstate(state)
+
+    return run

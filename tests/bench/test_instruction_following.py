@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 from instruct_standins import save_paper, save_recipe
 
 from bench.experiments import instruction_following
+from bench.experiments.ifeval import IFEvalJudge
 from bench.experiments.instruction_following import main, parser, rank_of, setup_of
+from bench.experiments.instructions import Item
 from bench.experiments.setups import load_engine, method_params
 from bench.experiments.shards import _lines
 from ivg_fast import Engine, EngineConfig, SearchParams
@@ -280,6 +283,25 @@ def test_ifeval_with_guides_of_the_recipe(
     for file, text in before.items():
         assert file.read_bytes().startswith(text)
         assert len(_lines(file)) == 1 + 7
+
+
+def test_a_checker_that_draws_draws_the_same(nltk_data: str) -> None:
+    """lm-eval's letter checker refuses "!" and counts a random letter in its place."""
+    pytest.importorskip("lm_eval", reason="needs the extra `ifeval`")
+    pytest.importorskip("langdetect", reason="needs the extra `ifeval`")
+    kwargs = [{"letter": "!", "let_frequency": 2, "let_relation": "at least"}]
+    checks = {"instruction_id_list": ["keywords:letter_frequency"], "kwargs": kwargs}
+    items = [Item(i, "p", "", checks, i) for i in range(30)]
+    judge = IFEvalJudge(nltk_data)
+    texts = ["The quick brown fox jumps over the lazy dog."] * 30
+    random.seed(0)
+    first = judge.judge(items, texts)
+    assert judge.judge(items, texts) == first
+    assert all(verdict.strict == verdict.loose for verdict in first)
+    assert len({verdict.strict for verdict in first}) == 2, "it no longer draws"
+    drawn = random.random()
+    random.seed(0)
+    assert random.random() == drawn  # others' random numbers are theirs
 
 
 def test_without_sentence_data_nothing_is_decoded(
