@@ -22,7 +22,7 @@ family: $(VENV)/installed
 test: lint test-core test-threads test-python test-wheel
 
 $(VENV)/demo: EXTRAS = bench
-$(VENV)/installed: EXTRAS = alpaca-eval,bench,lm-eval,ray,server,test,train
+$(VENV)/installed: EXTRAS = alpaca-eval,bench,ifeval,lm-eval,ray,server,test,train
 
 # torch goes first and alone: an unpinned dependency could pull another build of it.
 $(VENV)/demo $(VENV)/installed: $(SOURCES) constraints.txt

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ivg-fast train sft|preferences|dpo|value|family`."""
+"""`ivg-fast train sft|preferences|dpo|value|family|instruct`."""
 
 from __future__ import annotations
 
@@ -116,6 +116,12 @@ def _family(args: argparse.Namespace) -> dict[str, Any]:
     return family.run(args)
 
 
+def _instruct(args: argparse.Namespace) -> dict[str, Any]:
+    from ivg_fast.training import instruct
+
+    return instruct.run(args)
+
+
 def add_parser(subparsers: Any) -> None:
     """Add `train` and its recipes to the subparsers of `ivg-fast`."""
     train = subparsers.add_parser("train", help="train models and value functions")
@@ -164,6 +170,12 @@ def add_parser(subparsers: Any) -> None:
 
     add_arguments(family)
     family.set_defaults(run=_family)
+
+    instruct = recipes.add_parser("instruct", help="guides for following instructions")
+    from ivg_fast.training import instruct as instruct_recipe
+
+    instruct_recipe.add_arguments(instruct)
+    instruct.set_defaults(run=_instruct)
 
 
 def run(args: argparse.Namespace) -> int:

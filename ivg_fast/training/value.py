@@ -30,7 +30,9 @@ class ValueConfig:
     """Settings of `train_value`.
 
     `append_eos`: responses are whole texts and are valued at their EOS too; False for responses
-    cut at a length limit.
+    cut at a length limit. `train_backbone` False trains the head alone: it then reads the hidden
+    states of the model that gave the trunk, which an engine can share with that model. They are
+    computed once and kept, 4 * hidden_size bytes a token.
     """
 
     output_dir: str
@@ -42,6 +44,7 @@ class ValueConfig:
     warmup_ratio: float = 0.05
     max_length: int = 512
     append_eos: bool = True
+    train_backbone: bool = True
     seed: int = 0
     save_steps: int = 200
     save_dtype: str = "float32"
@@ -82,25 +85,50 @@ def encode(
     return ids[:max_length], len(prompt)
 
 
-def collate(
-    rows: Sequence[tuple[list[int], int, float]], pad_token_id: int
-) -> dict[str, torch.Tensor]:
-    """Right-padded batch of (ids, prompt length, reward); `mask` marks the response tokens."""
-    width = max(len(ids) for ids, _, _ in rows)
+def collate(rows: Sequence[tuple[Any, ...]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Right-padded batch of (ids, prompt length, reward); `mask` marks the response tokens.
+
+    A fourth entry of the rows, hidden states float[T, hidden_size], becomes `hidden`.
+    """
+    width = max(len(ids) for ids, *_ in rows)
     input_ids = torch.full((len(rows), width), pad_token_id)
     attention_mask = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, (ids, num_prompt, _) in enumerate(rows):
+    for i, (ids, num_prompt, *_) in enumerate(rows):
         input_ids[i, : len(ids)] = torch.tensor(ids)
         attention_mask[i, : len(ids)] = 1
         mask[i, num_prompt : len(ids)] = True
-    rewards = torch.tensor([reward for _, _, reward in rows], dtype=torch.float32)
-    return {
+    rewards = torch.tensor([row[2] for row in rows], dtype=torch.float32)
+    batch = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "mask": mask,
         "rewards": rewards,
     }
+    if len(rows[0]) > 3:
+        batch["hidden"] = torch.nn.utils.rnn.pad_sequence(
+            [hidden for *_, hidden in rows], batch_first=True
+        )
+    return batch
+
+
+@torch.inference_mode()
+def with_hidden_states(
+    model: PrefixValueModel, rows: Sequence[tuple[list[int], int, float]], batch_size: int
+) -> list[tuple[Any, ...]]:
+    """The rows with the trunk's hidden states on the CPU, as `collate` takes them."""
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    device = model.shared.device
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+    found: dict[int, torch.Tensor] = {}
+    for begin in range(0, len(order), batch_size):
+        chosen = order[begin : begin + batch_size]
+        batch = collate([rows[i] for i in chosen], 0)
+        ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
+        hidden = model.hidden_states(ids, mask).float().cpu()
+        for i, states in zip(chosen, hidden, strict=True):
+            found[i] = states[: len(rows[i][0])].clone()
+    return [(*row, found[i]) for i, row in enumerate(rows)]
 
 
 class _Objective(torch.nn.Module):
@@ -117,8 +145,12 @@ class _Objective(torch.nn.Module):
         attention_mask: torch.Tensor,
         mask: torch.Tensor,
         rewards: torch.Tensor,
+        hidden: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        values = self.model.values(input_ids, attention_mask)
+        if hidden is None:
+            values = self.model.values(input_ids, attention_mask)
+        else:
+            values = self.model.values_of(hidden, input_ids)
         return {"loss": prefix_loss(values, mask[:, 1:], rewards, self.objective)}
 
 
@@ -148,6 +180,8 @@ def train_value(
             config.batch_size,
             f"must be <= {len(rows)}, the samples whose prompt leaves room in max_length",
         )
+    if not config.train_backbone:
+        model.backbone.requires_grad_(False)
     inputs = {"num_samples": len(samples), "model": model.backbone.name_or_path, "head": model.head}
     folder = common.open_run("value", config, inputs)
     num_steps = int(len(rows) // config.batch_size * config.epochs)
@@ -157,10 +191,13 @@ def train_value(
         "warmup_steps": int(config.warmup_ratio * num_steps),
         "remove_unused_columns": False,
     }
+    data: Any = rows
+    if not config.train_backbone:
+        data = with_hidden_states(model, rows, config.batch_size)
     trainer = Trainer(
         model=_Objective(model, config.objective),
         args=TrainingArguments(**arguments),
-        train_dataset=rows,
+        train_dataset=data,
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
     )
     watch = common.stopwatch(folder)

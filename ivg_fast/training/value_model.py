@@ -54,9 +54,18 @@ class PrefixValueModel(torch.nn.Module):
 
         Pad on the right; values at padding are meaningless.
         """
-        hidden = self.backbone(
+        return self.values_of(self.hidden_states(input_ids, attention_mask), input_ids)
+
+    def hidden_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The trunk's last hidden states, float[B, T, hidden_size]."""
+        return self.backbone(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
+
+    def values_of(self, hidden: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """`values` of hidden states that are there already."""
         if self.head == "scalar":
             return (hidden[:, 1:] @ self.shared[0]).float()
         weights = torch.nn.functional.embedding(input_ids[:, 1:], self.head_weight())

@@ -13,7 +13,14 @@ from ivg_fast.training import common
 from ivg_fast.training.evaluate import final_values
 from ivg_fast.training.records import TrainingDataError
 from ivg_fast.training.sft import new_gpt2
-from ivg_fast.training.value import ValueConfig, collate, encode, prefix_loss, train_value
+from ivg_fast.training.value import (
+    ValueConfig,
+    collate,
+    encode,
+    prefix_loss,
+    train_value,
+    with_hidden_states,
+)
 from ivg_fast.training.value_model import PrefixValueModel, value_model_from
 
 
@@ -173,3 +180,43 @@ def test_bad_input_stops_before_training(tokenizer, model_folder, samples, tmp_p
     with pytest.raises(InvalidParameterError, match="save_dtype"):
         ValueConfig("x", save_dtype="int8")
     assert common.last_checkpoint(tmp_path) is None
+
+
+def test_kept_hidden_states_are_the_trunks(tokenizer):
+    model = random_value_model(tokenizer, "scalar", 3)
+    rows = [([5, 6, 7, 8, 9], 2, 0.0), ([4, 3], 1, 1.0), ([9, 8, 7], 1, 2.0)]
+    kept = with_hidden_states(model, rows, 2)
+    assert [row[:3] for row in kept] == rows
+    batch = collate(kept, 0)
+    values = model.values_of(batch["hidden"], batch["input_ids"])
+    others = values.roll(1, 0)
+    for row, other, (ids, *_) in zip(values, others, rows, strict=True):
+        expected = torch.tensor(naive_values(model, ids))
+        torch.testing.assert_close(row[: len(ids) - 1], expected, atol=2e-4, rtol=1e-4)
+        assert not torch.allclose(other[: len(ids) - 1], expected, atol=1e-2)  # control
+
+
+def test_a_head_learns_alone(tokenizer, model_folder, samples, tmp_path):
+    """The trunk stays, and the head comes near the least squares of the kept hidden states."""
+    config = ValueConfig(
+        str(tmp_path / "run"), "fudge", 16, 3e-2, 60.0, 0.0, append_eos=False, train_backbone=False
+    )
+    train_value(value_model_from(model_folder, "scalar"), tokenizer, samples, config)
+    model = PrefixValueModel.load(tmp_path / "run")
+    trunk = value_model_from(model_folder, "scalar").backbone.state_dict()
+    assert all(torch.equal(model.backbone.state_dict()[name], trunk[name]) for name in trunk)
+
+    inputs, targets = [], []
+    for record in samples:
+        ids, num_prompt = encode(tokenizer, record, 512, False)
+        with torch.no_grad():
+            hidden = model.hidden_states(torch.tensor([ids]))[0, num_prompt:].double()
+        share = len(hidden) ** -0.5  # each text counts once
+        inputs.append(hidden * share)
+        targets.append(torch.full((len(hidden),), record["reward"] * share, dtype=torch.float64))
+    a, b = torch.cat(inputs), torch.cat(targets)
+    best = torch.linalg.lstsq(a, b[:, None]).solution[:, 0]
+    optimum, ours, zero = (
+        float(((a @ w - b) ** 2).sum()) for w in (best, model.shared[0].double(), 0 * best)
+    )
+    assert ours < optimum + 0.2 * (zero - optimum)
