@@ -88,7 +88,7 @@ class Client:
 
 
 _Delivery = tuple[Client, StreamEvent | BaseException]
-_DELIVERIES_PER_TURN = 8
+_DELIVERIES_PER_TURN = 4
 
 # What an event loop has yet to hand out; each entry is touched by its loop's thread alone.
 _UNDELIVERED: WeakKeyDictionary[asyncio.AbstractEventLoop, deque[_Delivery]] = WeakKeyDictionary()
