@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.training import common
-from ivg_fast.training.records import PAIR_COLUMNS, Record, check_records
+from ivg_fast.training.records import PAIR_COLUMNS, Record, check_records, flag_of, is_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,10 +55,10 @@ def token_ids(
     TRL tokenises prompt + response as one text, which loses the prompt's last token where a
     response goes on with its last word, and ends every response in EOS, even one that was cut.
     """
-    end = [tokenizer.eos_token_id] if append_eos else []
     ids = {"prompt_ids": list(tokenizer(pair["prompt"], verbose=False)["input_ids"])}
     for side in ("chosen", "rejected"):
         response = tokenizer(pair[side], add_special_tokens=False, verbose=False)["input_ids"]
+        end = [tokenizer.eos_token_id] if append_eos and is_whole(pair, side) else []
         ids[f"{side}_ids"] = [*response, *end]
     return ids
 
@@ -85,7 +85,14 @@ def train_dpo(
         )
     inputs = {"num_pairs": len(pairs), "model": model.name_or_path}
     folder = common.open_run("dpo", config, inputs)
-    rows = Dataset.from_list([{name: pair[name] for name in PAIR_COLUMNS} for pair in pairs])
+    rows = Dataset.from_list(
+        [
+            {name: pair[name] for name in PAIR_COLUMNS}
+            | {flag_of(side): is_whole(pair, side) for side in ("chosen", "rejected")}
+            for pair in pairs
+            if config.append_eos or (pair["chosen"] and pair["rejected"])
+        ]
+    )
     num_steps = int(len(rows) // config.batch_size * config.epochs)
     arguments = common.trainer_arguments(config, folder)
     arguments |= {
@@ -127,7 +134,7 @@ def train_dpo(
         {
             "train_loss": result.training_loss,
             "train_accuracy_last": logs[-1]["rewards/accuracies"] if logs else None,
-            "num_pairs": len(pairs),
+            "num_pairs": len(rows),
             "num_steps": trainer.state.global_step,
             "minutes": minutes,
         },

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ivg_fast.errors import InvalidParameterError
-from ivg_fast.training.records import PAIR_COLUMNS, Record, check_records
+from ivg_fast.training.records import PAIR_COLUMNS, Record, check_records, flag_of, is_whole
 from ivg_fast.training.value import collate, encode
 from ivg_fast.training.value_model import PrefixValueModel
 
@@ -77,8 +77,17 @@ def implicit_values(
 def sides(pairs: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     """The chosen and the rejected responses as (prompt, response) records."""
     check_records(pairs, PAIR_COLUMNS, "pairs")
-    chosen = [{"prompt": p["prompt"], "response": p["chosen"]} for p in pairs]
-    rejected = [{"prompt": p["prompt"], "response": p["rejected"]} for p in pairs]
+    chosen, rejected = (
+        [
+            {
+                "prompt": pair["prompt"],
+                "response": pair[side],
+                flag_of("response"): is_whole(pair, side),
+            }
+            for pair in pairs
+        ]
+        for side in ("chosen", "rejected")
+    )
     return chosen, rejected
 
 

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.training import common
-from ivg_fast.training.records import Record, TrainingDataError, check_records, write_jsonl
+from ivg_fast.training.records import (
+    Record,
+    TrainingDataError,
+    check_records,
+    flag_of,
+    is_whole,
+    write_jsonl,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,8 +66,11 @@ def sample_responses(
     prompts: Sequence[str],
     config: PreferenceConfig,
     seed: int,
-) -> list[str]:
-    """One sampled response a prompt, in one batch of plain `generate`, left-padded."""
+) -> list[tuple[str, bool]]:
+    """One sampled response a prompt, and whether it came to its end of text before the limit.
+
+    One batch of plain `generate`, left-padded.
+    """
     import torch
 
     encoded = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
@@ -79,7 +89,10 @@ def sample_responses(
             suppress_tokens=[tokenizer.eos_token_id] if config.ignore_eos else None,
             pad_token_id=tokenizer.pad_token_id,
         )
-    return tokenizer.batch_decode(rows[:, num_prompt_tokens:], skip_special_tokens=True)
+    sampled = rows[:, num_prompt_tokens:]
+    texts = tokenizer.batch_decode(sampled, skip_special_tokens=True)
+    ended = (sampled == tokenizer.eos_token_id).any(-1).tolist()
+    return list(zip(texts, ended, strict=True))
 
 
 def bradley_terry_pairs(
@@ -110,6 +123,8 @@ def bradley_terry_pairs(
                     "rejected": lost["response"],
                     "chosen_reward": won["reward"],
                     "rejected_reward": lost["reward"],
+                    flag_of("chosen"): is_whole(won),
+                    flag_of("rejected"): is_whole(lost),
                 }
             )
     return pairs
@@ -124,8 +139,9 @@ def sample_preferences(
 ) -> dict[str, Any]:
     """Write `samples.jsonl` and `pairs.jsonl` to `config.output_dir`; return the metrics.
 
-    The reward sees prompt + response. Responses that are empty are dropped. Every batch has its
-    own seed and is written at once, so an interrupted run resumes at the batch it was in.
+    The reward sees prompt + response. A response that is only an end of text is kept, as what it is
+    worth must be learned too. Every batch has its own seed and is written at once, so an
+    interrupted run resumes at the batch it was in.
     """
     from tqdm import tqdm
 
@@ -151,16 +167,16 @@ def sample_preferences(
         ):
             batch = jobs[starts[i] : starts[i] + config.batch_size]
             responses = sample_responses(model, tokenizer, batch, config, (config.seed << 20) + i)
-            texts = [p + r for p, r in zip(batch, responses, strict=True)]
+            texts = [p + r for p, (r, _) in zip(batch, responses, strict=True)]
             rewards = [float(value) for value in reward(texts)]
             if len(rewards) != len(texts):
                 raise TrainingDataError(
                     f"reward returned {len(rewards)} values for {len(texts)} texts"
                 )
             records = [
-                {"prompt": p, "response": r, "reward": v}
-                for p, r, v in zip(batch, responses, rewards, strict=True)
-                if r
+                {"prompt": p, "response": r, "reward": v, flag_of("response"): ended}
+                for p, (r, ended), v in zip(batch, responses, rewards, strict=True)
+                if r or ended
             ]
             check_records(records, {"reward": float}, f"rewards of batch {i}")
             batches.append(records)

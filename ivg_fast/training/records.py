@@ -15,16 +15,31 @@ Record = dict[str, Any]
 
 SAMPLE_COLUMNS = {"prompt": str, "response": str, "reward": float}
 PAIR_COLUMNS = {"prompt": str, "chosen": str, "rejected": str}
+RESPONSES = ("response", "chosen", "rejected")
 
 
 class TrainingDataError(IVGError, ValueError):
     """A training file that cannot be used; the message names the file, the line and the column."""
 
 
+def flag_of(response: str) -> str:
+    """Name of the optional column that says whether the response so named ended by itself."""
+    return f"{response}_is_whole"
+
+
+def is_whole(record: Mapping[str, Any], response: str = "response") -> bool:
+    """False where the record says that its response was cut, so that no end of text follows it."""
+    return bool(record.get(flag_of(response), True))
+
+
 def check_records(
     records: Sequence[Mapping[str, Any]], columns: Mapping[str, type], source: str = "records"
 ) -> None:
-    """Raise TrainingDataError unless each record has each column, of its type, numbers finite."""
+    """Raise TrainingDataError unless each record has each column, of its type, numbers finite.
+
+    A text is not empty; a response may be, where the record says that it is whole: the model then
+    answered with an end of text alone.
+    """
     if not records:
         raise TrainingDataError(f"{source} is empty")
     for number, record in enumerate(records, 1):
@@ -44,7 +59,12 @@ def check_records(
                 raise TrainingDataError(
                     f"{source}, record {number}: {name} must be {kind.__name__}, got {value!r}"
                 )
-            elif kind is str and not value:
+            elif name in RESPONSES and not isinstance(record.get(flag_of(name), True), bool):
+                raise TrainingDataError(
+                    f"{source}, record {number}: {flag_of(name)} must be bool, got "
+                    f"{record[flag_of(name)]!r}"
+                )
+            elif kind is str and not value and not record.get(flag_of(name), False):
                 raise TrainingDataError(f"{source}, record {number}: {name} is an empty string")
 
 

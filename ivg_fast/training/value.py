@@ -16,7 +16,7 @@ import torch
 
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.training import common
-from ivg_fast.training.records import SAMPLE_COLUMNS, Record, check_records
+from ivg_fast.training.records import SAMPLE_COLUMNS, Record, check_records, is_whole
 from ivg_fast.training.value_model import PrefixValueModel
 
 if TYPE_CHECKING:
@@ -29,10 +29,11 @@ OBJECTIVES = ("fudge", "cd-q")
 class ValueConfig:
     """Settings of `train_value`.
 
-    `append_eos`: responses are whole texts and are valued at their EOS too; False for responses
-    cut at a length limit. `train_backbone` False trains the head alone: it then reads the hidden
-    states of the model that gave the trunk, which an engine can share with that model. They are
-    computed once and kept, 4 * hidden_size bytes a token.
+    `append_eos`: responses are whole texts and are valued at their EOS too, but for those that
+    their record says were cut; False for responses cut at a length limit. `train_backbone` False
+    trains the head alone: it then reads the hidden states of the model that gave the trunk, which
+    an engine can share with that model. They are computed once and kept, 4 * hidden_size bytes a
+    token.
     """
 
     output_dir: str
@@ -78,10 +79,14 @@ def prefix_loss(
 def encode(
     tokenizer: PreTrainedTokenizerBase, record: Record, max_length: int, append_eos: bool
 ) -> tuple[list[int], int]:
-    """Token ids of prompt and response (each tokenised on its own) and the prompt's length."""
+    """Token ids of prompt and response (each tokenised on its own) and the prompt's length.
+
+    `append_eos` ends the response in EOS, unless the record says that it was cut.
+    """
     prompt = list(tokenizer(record["prompt"], verbose=False)["input_ids"])
     response = tokenizer(record["response"], add_special_tokens=False, verbose=False)["input_ids"]
-    ids = prompt + list(response) + ([tokenizer.eos_token_id] if append_eos else [])
+    end = [tokenizer.eos_token_id] if append_eos and is_whole(record) else []
+    ids = prompt + list(response) + end
     return ids[:max_length], len(prompt)
 
 

@@ -6,14 +6,16 @@ import math
 import pytest
 
 from ivg_fast.errors import InvalidParameterError
-from ivg_fast.training import preferences
+from ivg_fast.training import evaluate, preferences
+from ivg_fast.training.dpo import token_ids
 from ivg_fast.training.preferences import (
     PreferenceConfig,
     bradley_terry_pairs,
     sample_preferences,
     sample_responses,
 )
-from ivg_fast.training.records import TrainingDataError
+from ivg_fast.training.records import SAMPLE_COLUMNS, TrainingDataError, read_jsonl
+from ivg_fast.training.value import encode
 
 
 def length_reward(texts):
@@ -64,8 +66,48 @@ def test_ignore_eos_gives_full_length(tokenizer, tiny_model):
     tiny_model.transformer.ln_f.bias.data.zero_()
     tiny_model.lm_head.weight.data[tokenizer.eos_token_id] *= 50
     config = PreferenceConfig("unused", max_new_tokens=9, ignore_eos=True)
-    (text,) = sample_responses(tiny_model, tokenizer, ["the film"], config, 0)
+    ((text, is_whole),) = sample_responses(tiny_model, tokenizer, ["the film"], config, 0)
     assert tokenizer.eos_token not in text
+    assert not is_whole
+
+
+def only_end(model, tokenizer):
+    """`model` made to answer every prompt with an end of text."""
+    model.transformer.ln_f.weight.data.zero_()
+    model.transformer.ln_f.bias.data.copy_(model.lm_head.weight.data[tokenizer.eos_token_id] * 1e4)
+    return model
+
+
+def test_an_end_alone_is_a_response(tokenizer, tiny_model, tmp_path):
+    model = only_end(tiny_model, tokenizer)
+    config = PreferenceConfig(str(tmp_path / "run"), max_new_tokens=3)
+    metrics = sample_preferences(model, tokenizer, ["the film"], length_reward, config)
+    assert metrics["num_samples"] == 2
+    samples = read_jsonl(tmp_path / "run" / "samples.jsonl", SAMPLE_COLUMNS)
+    assert (
+        samples
+        == [{"prompt": "the film", "response": "", "reward": 8.0, "response_is_whole": True}] * 2
+    )
+    prompt = tokenizer("the film")["input_ids"]
+    assert encode(tokenizer, samples[0], 64, append_eos=True) == (
+        [*prompt, tokenizer.eos_token_id],
+        len(prompt),
+    )
+
+
+def test_pairs_say_which_responses_were_cut(tokenizer):
+    records = [
+        {"prompt": "p", "response": "film", "reward": 60.0, "response_is_whole": False},
+        {"prompt": "p", "response": "plot", "reward": 0.0, "response_is_whole": True},
+    ]
+    (pair,) = bradley_terry_pairs(records, 0)
+    assert (pair["chosen_is_whole"], pair["rejected_is_whole"]) == (False, True)
+    ids, end = token_ids(tokenizer, pair, append_eos=True), tokenizer.eos_token_id
+    assert end not in ids["chosen_ids"]
+    assert ids["rejected_ids"][-1] == end
+    chosen, rejected = evaluate.sides([pair])
+    assert end not in encode(tokenizer, chosen[0], 64, append_eos=True)[0]
+    assert encode(tokenizer, rejected[0], 64, append_eos=True)[0][-1] == end
 
 
 def test_interrupted_sampling_resumes_to_the_same_data(

@@ -33,6 +33,16 @@ def test_round_trip(tmp_path):
     [
         ([""], SAMPLE_COLUMNS, "is empty"),
         (["{"], SAMPLE_COLUMNS, "line 1: not JSON"),
+        (
+            [json.dumps({**GOOD, "response_is_whole": 1})],
+            SAMPLE_COLUMNS,
+            "response_is_whole must be bool, got 1",
+        ),
+        (
+            [json.dumps({**GOOD, "response": "", "response_is_whole": False})],
+            SAMPLE_COLUMNS,
+            "response is an empty string",
+        ),
         (["[1]"], SAMPLE_COLUMNS, "not a JSON object"),
         ([json.dumps({"prompt": "a", "reward": 1})], SAMPLE_COLUMNS, "missing column 'response'"),
         ([json.dumps(GOOD), json.dumps({**GOOD, "reward": float("nan")})], SAMPLE_COLUMNS, "nan"),
