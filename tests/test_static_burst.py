@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 from engine_cases import (
+    CELLS,
     SHAPES,
     Case,
     Family,
     cells_of,
     compare,
     fresh_seed,
+    random_case,
     random_cases,
     run_arrivals,
     run_engine,
@@ -50,7 +52,12 @@ def naive(shape: str, value: str) -> NaiveModels:
 def solved(shape: str, value: str = "vocabulary") -> tuple[list[Case], list[NaiveResult]]:
     rng = random.Random(f"{SEED} {shape} {value}")
     models, own = naive(shape, value), family(shape, value)
-    cases = random_cases(rng, own, models, **cells_of(value))
+    cells = cells_of(value)
+    cases = random_cases(rng, own, models, **cells)
+    # One outlives the others, whose chunks may be of one token, and then decodes in long bursts.
+    guidance, scorer = cells.get("cells", CELLS)[-1]
+    lasting = {"max_tokens": 60, "min_tokens": 60, "chunk_length": None}
+    cases.append(random_case(rng, own, guidance, scorer, **lasting))
     return cases, [case.solve(models) for case in cases]
 
 
