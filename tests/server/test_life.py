@@ -23,11 +23,14 @@ pytest.importorskip("openai", reason="needs the extra `test`")
 
 import requests
 from engine_cases import text_score
+from fastapi import FastAPI
 from openai import APIError, APIStatusError, InternalServerError, OpenAI, RateLimitError
 from serving import MODEL, Server, make_engine, serving, wait_until
 
 from ivg_fast import Engine, RequestOutput, SearchParams
 from ivg_fast.assets import imdb_path
+from ivg_fast.server.config import ServerConfig
+from ivg_fast.server.serve import make_server
 
 LONG = {"max_tokens": 200, "seed": 3, "extra_body": {"ignore_eos": True}}
 LONG_BODY = {"max_tokens": 200, "seed": 3, "ignore_eos": True}
@@ -421,3 +424,14 @@ def test_without_the_extra(monkeypatch, capsys, command: list[str]) -> None:
     for module in ("ivg_fast.server.config", "ivg_fast.cli.serve"):
         monkeypatch.delitem(sys.modules, module)
         importlib.import_module(module)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="uvloop has no Windows")
+def test_it_runs_on_uvloop() -> None:
+    """The event loop that the figures of bench/results are of."""
+    server = make_server(FastAPI(), ServerConfig(port=0))
+    factory = server.config.get_loop_factory()
+    assert factory is not None
+    loop = factory()
+    loop.close()
+    assert type(loop).__module__ == "uvloop"
