@@ -4,6 +4,8 @@
 - clients: 1 to 64 that each ask again when they are answered, for the base model alone (W, K = 1,
   1) and for IVG (W, K, L = 4, 4, 5): tokens a second, time to the first event, between tokens, end
   to end, and by how much the server's event loop comes late;
+- joins: one more client among 4 whose searches have the same long chunks, with
+  EngineConfig.max_join_steps at that length (it waits for their boundary) and below;
 - overload: requests at 4 times the rate that 64 clients got through, with a queue of 64: how many
   are shed with status 429, how soon, and whether all others are answered.
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -23,6 +26,7 @@ import numpy as np
 
 from bench.http_load import (
     Answer,
+    ask,
     closed_loop,
     loop_delays,
     open_loop,
@@ -36,6 +40,8 @@ CLIENTS = (1, 2, 4, 8, 16, 32, 64)
 QUICK_CLIENTS = (1, 16, 64)
 NUM_QUEUED = 64
 OVERLOAD = 4
+NUM_SEARCHING, LONG_CHUNK = 4, 20
+JOIN_STEPS = (LONG_CHUNK, 5, 0)
 SEARCHES: dict[str, dict[str, Any]] = {
     "base": {},
     "IVG": {
@@ -122,6 +128,46 @@ def overload(run: Run, port: int, name: str, rate: float, num_tokens: int, secon
     )
 
 
+async def join_times(port: int, num_tokens: int, count: int) -> list[float]:
+    """Seconds to the first event of requests that come one by one, at any moment, to a server
+    that NUM_SEARCHING others keep at work.
+
+    They keep a single survivor, so that their first chunk is decided when it is selected.
+    """
+    search = {**SEARCHES["IVG"], "chunk_length": LONG_CHUNK}
+    bodies = bodies_of(search, num_tokens)
+    own = bodies_of({**search, "beam_width": 1}, num_tokens)
+    moments = random.Random(0)
+
+    async def others() -> None:
+        while True:
+            await ask(port, next(bodies))
+
+    tasks = [asyncio.ensure_future(others()) for _ in range(NUM_SEARCHING)]
+    try:
+        await ask(port, next(bodies))
+        times = []
+        for _ in range(count):
+            await asyncio.sleep(moments.uniform(0, 1))
+            times.append((await ask(port, next(own))).arrivals[0])
+        return times
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def joins(run: Run, num_threads: int, num_tokens: int, *, is_quick: bool) -> None:
+    """A server for each setting."""
+    config = f"IMDB family, float32, {num_tokens} tokens, T 0.7, streamed, chunks of {LONG_CHUNK}"
+    for steps in JOIN_STEPS[:: 2 if is_quick else 1]:
+        with server_process(num_threads, "--max-join-steps", str(steps)) as port:
+            times = asyncio.run(join_times(port, num_tokens, 4 if is_quick else 20))
+        x = {"max_join_steps": steps}
+        add_times(run, "serve, IVG, joins", x, "time to first event", times, config)
+        print(f"max_join_steps {steps}: first event {np.median(times) * 1e3:.0f} ms", flush=True)
+
+
 def main() -> None:
     options = parser_of(__doc__).parse_args()
     run = Run("serve", options, sys.argv[1:], num_rounds=(8, 4))
@@ -138,4 +184,5 @@ def main() -> None:
             }
             gains[name] = round(rates[16] / rates[1], 2)
             overload(run, port, name, rates[64], num_tokens, 4.0)
+    joins(run, options.threads, 2 * LONG_CHUNK, is_quick=options.quick)
     run.finish(throughput_16_clients_over_1=gains)

@@ -47,6 +47,10 @@ def serving(results: Path = RESULTS) -> str:
     """Throughput, latencies and the event loop's delay, over the number of clients."""
     records = read_csv(results / "serve_cpu.csv")
     found = {(r.kernel, r.x, r.metric): r.y_50 for r in records}
+
+    def quantiles(kernel: str, x: str, name: str) -> str:
+        return " / ".join(f"{found[kernel, x, name + q]:,.0f}" for q in ("", ", p95", ", p99"))
+
     levels = {r.kernel: None for r in records if r.x.startswith("clients=")}
     lines = [
         "| model | clients | tokens/s | first event, ms | between tokens, ms | end to end, ms | "
@@ -55,10 +59,7 @@ def serving(results: Path = RESULTS) -> str:
     ]
     for kernel in levels:
         for x in dict.fromkeys(r.x for r in records if r.kernel == kernel):
-            times = [
-                " / ".join(f"{found[kernel, x, name + q]:,.0f}" for q in ("", ", p95", ", p99"))
-                for name in LATENCIES
-            ]
+            times = [quantiles(kernel, x, name) for name in LATENCIES]
             delay = found[kernel, x, "event loop delay, p99.9"]
             lines.append(
                 f"| {kernel.removeprefix('serve, ')} | {x.split('=')[1]} | "
@@ -72,4 +73,14 @@ def serving(results: Path = RESULTS) -> str:
             f"{kernel.removeprefix('serve, ')}, four times too much: {shed:.0f} % shed, told so "
             f"within {late:.0f} ms (p99); all others were answered.",
         ]
+    kernel = "serve, IVG, joins"
+    lines += [
+        "",
+        "| max_join_steps | first chunk of one more IVG, 20 tokens, ms |",
+        "|---:|---:|",
+    ]
+    lines += [
+        f"| {x.split('=')[1]} | {quantiles(kernel, x, LATENCIES[0])} |"
+        for x in dict.fromkeys(r.x for r in records if r.kernel == kernel)
+    ]
     return marked("serving, ", [*lines, "", "p50 / p95 / p99. " + source(records)])

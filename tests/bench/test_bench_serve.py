@@ -67,6 +67,14 @@ def test_a_level_and_an_overload(server, capsys) -> None:
     assert "accepted and finished" in capsys.readouterr().out
 
 
+def test_newcomers_among_searches(server) -> None:
+    times = asyncio.run(serve.join_times(port_of(server), 24, 2))
+    assert len(times) == 2
+    assert min(times) > 0
+    server.wait_idle()  # those that kept it at work have been aborted
+    assert server.metrics()["ivg_requests_total ok"] >= 3
+
+
 def test_searches_are_parameters() -> None:
     for search in serve.SEARCHES.values():
         body = next(serve.bodies_of(search, 5))
