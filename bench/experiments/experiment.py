@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from bench.experiments.summary import (
 from bench.experiments.tasks import SENTIMENT, Task
 from bench.run import device_name
 from ivg_fast import Engine, EngineConfig
+from ivg_fast.errors import InvalidParameterError
 from ivg_fast.request import ROLES
 from ivg_fast.training.records import write_jsonl
 
@@ -65,6 +67,23 @@ class Settings:
     num_threads: int = field(default_factory=torch.get_num_threads)
     device: str | None = None
     dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if item.name.startswith("num_") or item.name == "batch_size":
+                self._require(item.name, getattr(self, item.name) >= 1, "must be at least 1")
+        for name in ("seeds", "weights"):
+            self._require(name, len(getattr(self, name)) > 0, "must not be empty")
+        distinct = len(set(self.seeds)) == len(self.seeds)
+        self._require("seeds", distinct, "must differ, or a run counts twice")
+        for name in ("weights", "wide_weights"):
+            positive = all(0 < w < math.inf for w in getattr(self, name))
+            self._require(name, positive, "must be positive and finite")
+        self._require("min_distinct", 0 <= self.min_distinct <= 1, "must be in [0, 1]")
+
+    def _require(self, name: str, holds: bool, what: str) -> None:
+        if not holds:
+            raise InvalidParameterError(name, getattr(self, name), what)
 
 
 class Experiment:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from bench.experiments.experiment import Settings
 from bench.experiments.families import SPLITS, load_prompts
 from bench.experiments.methods import (
     choose_weight,
@@ -99,3 +100,24 @@ def test_shipped_prompts_keep_dev_and_test_apart(tmp_path) -> None:
     file.write_text("".join(rows))
     with pytest.raises(InvalidParameterError, match="must not be in both"):
         load_prompts(str(file))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_prompts", 0),
+        ("num_judged", -1),
+        ("batch_size", 0),
+        ("num_threads", 0),
+        ("seeds", ()),
+        ("seeds", (0, 1, 0)),
+        ("weights", ()),
+        ("weights", (0.5, -1.0)),
+        ("wide_weights", (float("nan"),)),
+        ("min_distinct", 1.5),
+    ],
+)
+def test_settings_that_no_run_can_have(name: str, value: Any) -> None:
+    Settings(num_prompts=1, seeds=(5,), weights=(0.5,), wide_weights=(), min_distinct=0)
+    with pytest.raises(InvalidParameterError, match=rf"^{name} must .*got "):
+        Settings(**{name: value})
