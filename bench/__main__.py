@@ -21,9 +21,13 @@ MODULES = {"all": "suite"}
 
 
 def main() -> None:
+    lines = [f"  {name:<10} {what}" for name, what in NAMES.items()]
+    usage = "\n".join(["usage: python -m bench NAME [options]", *lines])
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(usage)
+        return
     if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
-        lines = [f"  {name:<10} {what}" for name, what in NAMES.items()]
-        raise SystemExit("\n".join(["usage: python -m bench NAME [options]", *lines]))
+        raise SystemExit(usage)
     name = sys.argv.pop(1)
     sys.argv[0] = f"bench {name}"
     importlib.import_module(f"bench.{MODULES.get(name, name)}").main()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench import torch_samplers as plain
 from bench.harness import Call, Stopwatch, cache_bytes, num_cold_sets, take_turns
-from bench.run import OURS, Run, parser_of
+from bench.run import OURS, Run, at_least_one, parser_of
 from ivg_fast.ops.guided_sample import guided_sample
 from ivg_fast.ops.philox import uniform
 from ivg_fast.ops.token_logprobs import pair_token_logprobs
@@ -170,8 +170,10 @@ def main() -> None:
     argv = sys.argv[1:]
     parser = parser_of(__doc__, has_cuda=True)
     parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--rows", type=int, nargs="+", default=None)
-    parser.add_argument("--vocab", type=int, nargs="+", default=[32_000, 128_256])
+    parser.add_argument("--rows", type=at_least_one, nargs="+", help="default with --vocab: 16")
+    parser.add_argument(
+        "--vocab", type=at_least_one, nargs="+", help="default with --rows: 32000 128256"
+    )
     parser.add_argument("--no-isas", action="store_true", help="skip the instruction sets")
     parser.add_argument("--isa-child", action="store_true", help="used by the bench itself")
     options = parser.parse_args()
@@ -185,8 +187,9 @@ def main() -> None:
         shapes = QUICK if options.quick else SHAPES
     else:
         shapes = GPU_QUICK if options.quick else GPU_SHAPES
-    if options.rows:
-        shapes = tuple((rows, vocab) for vocab in options.vocab for rows in options.rows)
+    if options.rows or options.vocab:
+        vocabularies = options.vocab or (32_000, 128_256)
+        shapes = tuple((rows, vocab) for vocab in vocabularies for rows in options.rows or (16,))
     for num_rows, vocab_size in shapes:
         if run.has_time(f"B={num_rows} V={vocab_size}"):
             measure(run, num_rows, vocab_size, getattr(torch, dtype))

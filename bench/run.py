@@ -68,17 +68,42 @@ def bandwidths(device: str, num_rounds: int) -> dict[str, np.ndarray]:
     return {name: moved[name] / seconds * 1e-9 for name, seconds in times.items()}
 
 
-def parser_of(doc: str | None, *, has_cuda: bool = False) -> argparse.ArgumentParser:
-    """The options that every microbenchmark has; `has_cuda`: it runs on a GPU, too."""
+def at_least_one(text: str) -> int:
+    """A count on the command line."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _device(text: str) -> str:
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("must be cpu, as no CUDA is here, got cuda")
+    return text
+
+
+def parser_of(
+    doc: str | None, *, has_cuda: bool = False, has_cold: bool = True, has_limit: bool = True
+) -> argparse.ArgumentParser:
+    """The options of microbenchmarks.
+
+    Args:
+        has_cuda: it runs on a GPU, too.
+        has_cold: it flushes caches, so that there is a --warm.
+        has_limit: it can leave out what there is no time for, so that there is a --seconds.
+    """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cpu", choices=["cpu", *["cuda"] * has_cuda])
+    devices = ["cpu", *["cuda"] * has_cuda]
+    parser.add_argument("--device", type=_device, default="cpu", choices=devices)
+    parser.set_defaults(seconds=None, warm=False)
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds")
-    parser.add_argument("--seconds", type=float, help="begin nothing that would end later")
-    parser.add_argument("--rounds", type=int, help="timed calls of each provider")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--warm", action="store_true", help="leave the caches as they are")
+    if has_limit:
+        parser.add_argument("--seconds", type=float, help="begin nothing that would end later")
+    parser.add_argument("--rounds", type=at_least_one, help="timed calls of each provider")
+    parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads())
+    if has_cold:
+        parser.add_argument("--warm", action="store_true", help="leave the caches as they are")
     parser.add_argument("--out", type=Path, metavar="FILE", help="CSV of all records")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw PNGs into this folder")
     return parser

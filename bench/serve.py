@@ -169,7 +169,7 @@ def joins(run: Run, num_threads: int, num_tokens: int, *, is_quick: bool) -> Non
 
 
 def main() -> None:
-    options = parser_of(__doc__).parse_args()
+    options = parser_of(__doc__, has_cold=False, has_limit=False).parse_args()
     run = Run("serve", options, sys.argv[1:], num_rounds=(8, 4))
     num_tokens = 20 if options.quick else 40
     gains = {}

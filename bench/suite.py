@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.run import at_least_one
+
 # name of the CSV -> arguments
 BENCHES = {
     "ops": ("ops",),
@@ -33,15 +35,20 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds")
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES))
-    parser.add_argument("--threads", type=int, help="of each bench; default: torch's own number")
+    parser.add_argument(
+        "--threads", type=at_least_one, help="of each bench; default: torch's own number"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="a CSV of each bench")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="PNGs of each bench")
     options = parser.parse_args()
+    chosen = [name for name in options.only if not (options.quick and name in NOT_QUICK)]
+    if not chosen:
+        parser.error(f"--quick leaves out {' '.join(options.only)}")
     begin = time.perf_counter()
     summaries: dict[str, Any] = {}
     failed = []
     for name, arguments in BENCHES.items():
-        if name not in options.only or (options.quick and name in NOT_QUICK):
+        if name not in chosen:
             continue
         command = [sys.executable, "-m", "bench", *arguments]
         command += ["--quick"] * options.quick

@@ -43,6 +43,32 @@ def ablation(results: Path = RESULTS) -> str:
     return marked("ablation, ", [*lines, "", source(records)])
 
 
+def bounds(results: Path = RESULTS) -> str:
+    """The search by the engine, by its forwards alone, and by reference_style."""
+    kernels = ("IVG", "IVG, prompt")
+    records = [r for r in read_csv(results / "e2e_cpu.csv") if r.kernel in kernels]
+    times = {(r.kernel, r.x, r.provider): r.y_50 for r in records if r.metric == "time"}
+    lines = [
+        "| search | ivg_fast | forwards alone | times these | reference_style | times ivg_fast | "
+        "times the forwards |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for kernel, x in dict.fromkeys((r.kernel, r.x) for r in records):
+        ours = times[kernel, x, "ivg_fast"]
+        bound = times[kernel, x, "bound: forwards alone"]
+        theirs = times.get((kernel, x, "reference_style"))
+        what = f"prompts at once: {x.removeprefix('prompts=')}"
+        if kernel != "IVG":
+            what = f"prompt tokens: {x.removeprefix('P=')}"
+        shown = (
+            " | ".join([f"{theirs:.2f} s", f"{theirs / ours:.2f}", f"{theirs / bound:.2f}"])
+            if theirs
+            else "| |"
+        )
+        lines.append(f"| {what} | {ours:.2f} s | {bound:.2f} s | {ours / bound:.2f} | {shown} |")
+    return marked("bounds, ", [*lines, "", source(records)])
+
+
 def serving(results: Path = RESULTS) -> str:
     """Throughput, latencies and the event loop's delay, over the number of clients."""
     records = read_csv(results / "serve_cpu.csv")

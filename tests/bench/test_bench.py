@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import engine_cases
@@ -18,7 +19,19 @@ import pytest
 import torch
 from baseline_cases import PROVIDERS
 
-from bench import attention, e2e, harness, kv, ops, plots, report, run, torch_samplers
+from bench import (
+    attention,
+    e2e,
+    harness,
+    kv,
+    ops,
+    plots,
+    report,
+    run,
+    scheduler,
+    suite,
+    torch_samplers,
+)
 from bench import tables as tables_of_bench
 from bench.baselines import ValueModel
 from bench.imdb import Imdb, counted_tokens, engine_tokens
@@ -256,6 +269,92 @@ def test_the_command_line(tmp_path: Path) -> None:
     wrong = subprocess.run([*command[:3], "nothing"], capture_output=True, text=True, cwd=ROOT)
     assert wrong.returncode
     assert "usage" in wrong.stderr
+    usage = subprocess.run([*command[:3], "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert (usage.returncode, usage.stderr) == (0, "")
+    assert "  scheduler  " in usage.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--rounds", "0"], "argument --rounds: must be at least 1, got 0"),
+        (["--threads", "-1"], "argument --threads: must be at least 1, got -1"),
+        (["--warm"], "unrecognized arguments: --warm"),
+        (["--seconds", "1"], "unrecognized arguments: --seconds"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.parser_of(None).parse_args(["--rounds", "1", "--warm", "--seconds", "1"]).warm
+    with pytest.raises(SystemExit, match="2"):
+        run.parser_of(None, has_cold=False, has_limit=False).parse_args(argv)
+    assert message in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = run.parser_of(None, has_cuda=True)
+    for has_cuda in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_cuda=has_cuda: has_cuda)
+        if has_cuda:
+            assert parser.parse_args(["--device", "cuda"]).device == "cuda"
+        else:
+            with pytest.raises(SystemExit, match="2"):
+                parser.parse_args(["--device", "cuda"])
+    assert "no CUDA is here" in capsys.readouterr().err
+
+
+def test_a_suite_of_nothing_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench all", "--quick", "--only", "ops_warm"])
+    with pytest.raises(SystemExit, match="2"):
+        suite.main()
+    assert "--quick leaves out ops_warm" in capsys.readouterr().err
+
+
+def test_what_there_is_no_time_for_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench scheduler", "--quick", "--seconds", "1e-9"])
+    scheduler.main()
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert next(iter(last["left_out"])) == "requests=1 W=16 K=16 L=16"
+    assert len(last["left_out"]) == len(scheduler.SHAPES)
+    one = a_run("--seconds", "1e-9")
+    family: Any = SimpleNamespace(prompts=lambda *_: [[1]], reference=None, tuned=None)
+    e2e.search(one, family, 6, (1,))
+    e2e.prompt(one, family, 6, (16, 32))
+    e2e.candidates(one, family, 6, (2,))
+    e2e.ablation(one, family, (5,))
+    assert set(one.left_out) == {
+        *("IVG prompts=1", "IVG, prompt P=16", "IVG, prompt P=32"),
+        *("methods, candidates WK=4", "methods, response T=5"),
+    }
+    assert not one.records
+    assert e2e.summary_of(one) == {}
+
+
+@pytest.mark.parametrize(
+    ("argv", "shapes"),
+    [
+        (["--vocab", "100"], [(16, 100)]),
+        (["--rows", "2", "3"], [(2, 32_000), (3, 32_000), (2, 128_256), (3, 128_256)]),
+        (["--rows", "2", "--vocab", "100"], [(2, 100)]),
+        (["--quick"], list(ops.QUICK)),
+    ],
+)
+def test_shapes_on_the_command_line(
+    argv: list[str], shapes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(ops, "measure", lambda _, rows, vocab, __: seen.append((rows, vocab)))
+    monkeypatch.setattr(run.Run, "measure_limits", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["bench ops", "--no-isas", *argv])
+    ops.main()
+    assert seen == shapes
 
 
 def test_the_readmes_have_the_tables_of_the_stored_results() -> None:
@@ -272,6 +371,20 @@ def test_the_readmes_have_the_tables_of_the_stored_results() -> None:
                 report.spliced(text.replace(end, ""), new)
             with pytest.raises(SystemExit, match="must hold each once"):
                 report.spliced(text + begin, new)
+
+
+def test_bounds_are_quotients_of_stored_medians(tmp_path: Path) -> None:
+    one = a_run("--threads", "1")
+    for kernel, x, seconds in (
+        ("IVG", {"prompts": 1}, {"ivg_fast": 2.0, e2e.BOUND: 1.6, "reference_style": 5.0}),
+        ("IVG, prompt", {"P": 50}, {"ivg_fast": 3.0, e2e.BOUND: 2.0}),
+    ):
+        for provider, value in seconds.items():
+            one.add(kernel, provider, "time", "s", x, [value], "c")
+    harness.write_csv(tmp_path / "e2e_cpu.csv", one.records)
+    lines = tables_of_bench.bounds(tmp_path).splitlines()
+    assert lines[4] == "| prompts at once: 1 | 2.00 s | 1.60 s | 1.25 | 5.00 s | 2.50 | 3.12 |"
+    assert lines[5] == "| prompt tokens: 50 | 3.00 s | 2.00 s | 1.50 | | | |"
 
 
 def test_a_missing_record_is_named(tmp_path: Path) -> None:
