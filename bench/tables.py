@@ -100,13 +100,11 @@ def serving(results: Path = RESULTS) -> str:
             f"within {late:.0f} ms (p99); all others were answered.",
         ]
     kernel = "serve, IVG, joins"
-    lines += [
-        "",
-        "| max_join_steps | first chunk of one more IVG, 20 tokens, ms |",
-        "|---:|---:|",
-    ]
-    lines += [
-        f"| {x.split('=')[1]} | {quantiles(kernel, x, LATENCIES[0])} |"
-        for x in dict.fromkeys(r.x for r in records if r.kernel == kernel)
-    ]
+    if joined := dict.fromkeys(r.x for r in records if r.kernel == kernel):
+        lines += [
+            "",
+            "| max_join_steps | first chunk of one more IVG, 20 tokens, ms |",
+            "|---:|---:|",
+            *(f"| {x.split('=')[1]} | {quantiles(kernel, x, LATENCIES[0])} |" for x in joined),
+        ]
     return marked("serving, ", [*lines, "", "p50 / p95 / p99. " + source(records)])
