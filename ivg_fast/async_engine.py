@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any, Self
 
 import torch
@@ -49,6 +50,7 @@ class AsyncEngine:
 
     Raises:
         InvalidParameterError: niceness is out of range.
+        IVGError: the engine is closed, has requests, or another thread runs it.
     """
 
     def __init__(self, engine: Engine, *, niceness: int = 0) -> None:
@@ -64,11 +66,13 @@ class AsyncEngine:
         self._is_stopping = False
         self._failure: BaseException | None = None
         self._work = threading.Event()
+        self._started: Future[None] = Future()
         self._stopped: Future[None] = Future()
         self._admission = ThreadPoolExecutor(1, thread_name_prefix="ivg-admission")
         self._num_threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="ivg-engine", daemon=True)
         self._thread.start()
+        self._started.result()
         atexit.register(self._stop_at_exit)
 
     @classmethod
@@ -265,6 +269,16 @@ class AsyncEngine:
     # --- the engine's thread ---------------------------------------------------------------------
 
     def _run(self) -> None:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._engine.hold())
+            except IVGError as error:
+                self._started.set_exception(error)
+                return
+            self._started.set_result(None)
+            self._run_alone()
+
+    def _run_alone(self) -> None:
         failure: BaseException | None = None
         try:
             torch.set_num_threads(self._num_threads)

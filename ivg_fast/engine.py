@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Self
 
@@ -377,6 +378,14 @@ class Engine:
         self._loop.use_scorer_threads(self.config.scorer_timeout_s)
 
     # --- life ------------------------------------------------------------------------------------
+
+    def hold(self) -> AbstractContextManager[None]:
+        """A block in which no other thread runs or closes this engine, between its steps either.
+
+        Raises:
+            IVGError: as the block begins: another thread runs or holds it.
+        """
+        return self._loop.steps
 
     def stats(self) -> dict[str, int]:
         """What waits, runs and is held now: counts of requests, rows and KV blocks."""

@@ -525,6 +525,28 @@ def test_an_engine_in_use_is_not_taken() -> None:
             AsyncEngine(engine)
 
 
+def test_an_engine_belongs_to_its_owner(alone) -> None:
+    """Nobody else runs it, between its steps and before the first either, and it outlives who
+    tries."""
+    engine = make_engine()
+
+    async def main() -> None:
+        async with AsyncEngine(engine) as served:
+            for call in (lambda: engine.generate("hello", SINGLE), engine.step, engine.close):
+                with pytest.raises(IVGError, match="another thread runs this engine"):
+                    call()
+            output = await served.generate("hello", SINGLE)
+            assert tokens(output) == tokens(alone["single"])
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_another_thread_runs_is_not_taken() -> None:
+    with make_engine() as engine, engine.hold(), pytest.raises(IVGError, match="another thread"):
+        AsyncEngine(engine)
+    assert not [t for t in threading.enumerate() if t.name == "ivg-engine" and t.is_alive()]
+
+
 @pytest.mark.parametrize("is_in_flight", [False, True])
 def test_half_of_a_thousand_requests_are_aborted(monkeypatch, is_in_flight: bool) -> None:
     """Their blocks are free by the next step: at once, or when the burst in flight is committed."""

@@ -73,7 +73,12 @@ def create_app(
         responses=_REFUSALS,
     )
     add_handlers(app, lambda: metrics.ended("invalid"))
-    app.add_middleware(Gate, api_key=api_key, max_body_bytes=config.max_body_bytes)
+    app.add_middleware(
+        Gate,
+        api_key=api_key,
+        max_body_bytes=config.max_body_bytes,
+        on_refused=lambda: metrics.ended("refused"),
+    )
     _add_routes(app, Endpoints(engine, config.model_name or model_name, defaults, config, metrics))
     return app
 

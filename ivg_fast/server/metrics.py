@@ -19,8 +19,8 @@ _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 _DELAYS = (*(ms / 1000 for ms in range(1, 11)), 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 1.0)
 _LOOK_S = 0.01
 
-# How a request ended, as one HTTP request.
-OUTCOMES = ("ok", "invalid", "overloaded", "failed", "disconnected")
+# How a request ended, as one HTTP request; "refused": for its key or its size, before it was read.
+OUTCOMES = ("ok", "refused", "invalid", "overloaded", "failed", "disconnected")
 
 
 class Metrics:

@@ -228,6 +228,7 @@ def test_numbers_that_json_has_not(server: Server) -> None:
 
 
 def test_bodies_that_are_too_large(server: Server) -> None:
+    before = server.metrics()["ivg_requests_total refused"]
     error = error_of(server.post(prompt="x" * 5000), 413)
     assert error["code"] == "body_too_large"
 
@@ -237,6 +238,7 @@ def test_bodies_that_are_too_large(server: Server) -> None:
 
     response = requests.post(f"{server.url}/v1/completions", data=pieces(), timeout=60)
     assert response.status_code == 413
+    assert server.metrics()["ivg_requests_total refused"] == before + 2
 
 
 def test_other_paths_methods_and_models(server: Server) -> None:
