@@ -12,10 +12,9 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
-
-from ivg_fast.assets import imdb_path
 
 MODEL = "imdb"
 
@@ -38,9 +37,8 @@ class Answer:
 
 
 @contextmanager
-def server_process(num_threads: int, *options: str) -> Iterator[int]:
-    """`ivg-fast serve` with the bundled family; its port."""
-    folder = imdb_path()
+def server_process(folder: Path, num_threads: int, *options: str) -> Iterator[int]:
+    """`ivg-fast serve` with the family in `folder`; its port."""
     roles = ("base", "tuned", "untuned", "value")
     models = [word for role in roles for word in (f"--{role}", str(folder / role))]
     command = [sys.executable, "-m", "ivg_fast.cli", "serve", *models, "--model-name", MODEL]

@@ -3,7 +3,8 @@
 
 - clients: 1 to 64 that each ask again when they are answered, for the base model alone (W, K = 1,
   1) and for IVG (W, K, L = 4, 4, 5): tokens a second, time to the first event, between tokens, end
-  to end, and by how much the server's event loop comes late;
+  to end, and by how much the server's event loop comes late; of the IMDB family, and of a tiny one
+  whose models take next to no time;
 - joins: one more client among 4 whose searches have the same long chunks, with
   EngineConfig.max_join_steps at that length (it waits for their boundary) and below;
 - overload: requests at 4 times the rate that 64 clients got through, with a queue of 64: how many
@@ -19,10 +20,14 @@ import asyncio
 import itertools
 import random
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from bench.http_load import (
     Answer,
@@ -34,7 +39,10 @@ from bench.http_load import (
     server_process,
 )
 from bench.run import OURS, Run, parser_of
+from ivg_fast.assets import imdb_path
+from ivg_fast.training.common import load_tokenizer
 from ivg_fast.training.data import test_prompts
+from ivg_fast.training.value_model import PrefixValueModel
 
 CLIENTS = (1, 2, 4, 8, 16, 32, 64)
 QUICK_CLIENTS = (1, 16, 64)
@@ -53,6 +61,20 @@ SEARCHES: dict[str, dict[str, Any]] = {
         "chunk_length": 5,
     },
 }
+
+
+def make_tiny(folder: Path) -> None:
+    """A family with random weights and the IMDB family's tokenizer."""
+    tokenizer = load_tokenizer(imdb_path() / "base")
+    ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    sizes = {"vocab_size": len(tokenizer), "n_positions": 512, "n_embd": 64, "n_layer": 2}
+    config = GPT2Config(**sizes, n_head=2, **ends)
+    for role in ("base", "tuned", "untuned"):
+        GPT2LMHeadModel(config).save_pretrained(folder / role)
+        tokenizer.save_pretrained(folder / role)
+    value = PrefixValueModel(GPT2LMHeadModel(config).transformer, "vocabulary")
+    torch.nn.init.normal_(value.delta)
+    value.save(folder / "value", tokenizer, "float32")
 
 
 def bodies_of(search: Mapping[str, Any], num_tokens: int) -> Iterator[dict[str, Any]]:
@@ -81,10 +103,19 @@ def between_tokens(answer: Answer, num_tokens: int) -> list[float]:
     return [(b - a) / each for a, b in itertools.pairwise(answer.arrivals)]
 
 
-def level(run: Run, port: int, name: str, num_clients: int, num_tokens: int, rounds: int) -> float:
+def level(
+    run: Run,
+    port: int,
+    name: str,
+    num_clients: int,
+    num_tokens: int,
+    rounds: int,
+    family: str = "IMDB",
+) -> float:
     """One number of clients; requests a second."""
-    config = f"IMDB family, float32, {num_tokens} tokens, T 0.7, streamed"
-    kernel, x = f"serve, {name}", {"clients": num_clients}
+    config = f"{family} family, float32, {num_tokens} tokens, T 0.7, streamed"
+    shown = name if family == "IMDB" else f"{name}, {family} models"
+    kernel, x = f"serve, {shown}", {"clients": num_clients}
     bodies = bodies_of(SEARCHES[name], num_tokens)
     before = loop_delays(port)
     load = closed_loop(port, num_clients, max(rounds, rounds // 2 * num_clients), bodies)
@@ -161,7 +192,7 @@ def joins(run: Run, num_threads: int, num_tokens: int, *, is_quick: bool) -> Non
     """A server for each setting."""
     config = f"IMDB family, float32, {num_tokens} tokens, T 0.7, streamed, chunks of {LONG_CHUNK}"
     for steps in JOIN_STEPS[:: 2 if is_quick else 1]:
-        with server_process(num_threads, "--max-join-steps", str(steps)) as port:
+        with server_process(imdb_path(), num_threads, "--max-join-steps", str(steps)) as port:
             times = asyncio.run(join_times(port, num_tokens, 4 if is_quick else 20))
         x = {"max_join_steps": steps}
         add_times(run, "serve, IVG, joins", x, "time to first event", times, config)
@@ -174,7 +205,7 @@ def main() -> None:
     num_tokens = 20 if options.quick else 40
     gains = {}
     queue = ("--max-queued-requests", str(NUM_QUEUED))
-    with server_process(options.threads, *queue) as port:
+    with server_process(imdb_path(), options.threads, *queue) as port:
         for name in SEARCHES:
             bodies = bodies_of(SEARCHES[name], num_tokens)
             asyncio.run(closed_loop(port, 4, 8, bodies))  # a warm-up
@@ -184,5 +215,12 @@ def main() -> None:
             }
             gains[name] = round(rates[16] / rates[1], 2)
             overload(run, port, name, rates[64], num_tokens, 4.0)
+    with tempfile.TemporaryDirectory() as folder:
+        make_tiny(Path(folder))
+        with server_process(Path(folder), options.threads) as port:
+            for name, search in SEARCHES.items():
+                asyncio.run(closed_loop(port, 4, 8, bodies_of(search, num_tokens)))
+                for clients in QUICK_CLIENTS:
+                    level(run, port, name, clients, num_tokens, run.num_rounds, "tiny")
     joins(run, options.threads, 2 * LONG_CHUNK, is_quick=options.quick)
     run.finish(throughput_16_clients_over_1=gains)

@@ -91,7 +91,7 @@ def serving(results: Path = RESULTS) -> str:
                 f"| {kernel.removeprefix('serve, ')} | {x.split('=')[1]} | "
                 f"{found[kernel, x, 'throughput']:,.0f} | {' | '.join(times)} | {delay:.0f} |"
             )
-    for kernel in levels:
+    for kernel in (k for k in levels if (f"{k}, overload", "times=4", "shed") in found):
         shed = found[f"{kernel}, overload", "times=4", "shed"]
         late = found[f"{kernel}, overload", "times=4", "time to status 429, p99"]
         lines += [

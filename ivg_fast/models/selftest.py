@@ -87,7 +87,8 @@ def _deviation(runner: ModelRunner) -> float:
     finally:
         runner.use_attention(ATTENTION_NAME)
         runner.allocate(0)
-    spread = torch.cat(stock).std()
+    # A head of zeros, as values start their training with, has no spread.
+    spread = torch.cat(stock).std().clamp(min=torch.finfo(torch.float32).tiny)
     worst = 0.0
     is_exact = runner.dtype == torch.float32 and not is_quantized(runner.model)
     for pieces in paged:

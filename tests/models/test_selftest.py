@@ -117,6 +117,14 @@ def test_value_head_is_tested_through_its_head() -> None:
     assert check_model(runner) < 5e-6
 
 
+def test_a_head_of_zeros_passes() -> None:
+    """As training starts with it: there is no spread to compare a deviation with."""
+    head = torch.nn.Linear(32, 97, bias=False)
+    torch.nn.init.zeros_(head.weight)
+    runner = ModelRunner(ValueHeadModel(tiny_model("gemma2").model, head), role="value")
+    assert check_model(runner) == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gemma2", "qwen3"])
