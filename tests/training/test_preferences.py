@@ -71,6 +71,16 @@ def test_ignore_eos_gives_full_length(tokenizer, tiny_model):
     assert not is_whole
 
 
+def test_no_response_ends_early(tokenizer, tiny_model):
+    model = only_end(tiny_model, tokenizer)
+    config = PreferenceConfig("unused", max_new_tokens=9, min_new_tokens=5)
+    ((text, is_whole),) = sample_responses(model, tokenizer, ["the film"], config, 0)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(text) > 0
+    assert len(ids) <= 5  # pieces may join; without the limit it would be empty
+    assert is_whole
+
+
 def only_end(model, tokenizer):
     """`model` made to answer every prompt with an end of text."""
     model.transformer.ln_f.weight.data.zero_()
@@ -147,6 +157,8 @@ def test_interrupted_sampling_resumes_to_the_same_data(
 def test_bad_input(tokenizer, tiny_model, tmp_path):
     with pytest.raises(InvalidParameterError, match="temperature"):
         PreferenceConfig("x", temperature=0.0)
+    with pytest.raises(InvalidParameterError, match="min_new_tokens"):
+        PreferenceConfig("x", max_new_tokens=5, min_new_tokens=6)
     with pytest.raises(InvalidParameterError, match="num_samples"):
         PreferenceConfig("x", num_samples=0)
     config = PreferenceConfig(str(tmp_path / "run"), max_new_tokens=2)

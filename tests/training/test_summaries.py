@@ -208,6 +208,12 @@ def test_family_from_nothing(reviews_csv, tmp_path, monkeypatch):
     assert {r["prompt"].removesuffix(CUE) for r in trained}.isdisjoint(
         splits["dev"] | splits["test"]
     )
+    # long responses are longer than untuned's own, and some of them are in the pairs
+    family = summary_family.SummaryFamily(tmp_path / "work", summary_family.TINY, start=start)
+    long = {r["response"] for r in family.samples("long")}
+    assert len(long) > 1
+    pairs = family.pairs()
+    assert any(pair[side] in long for pair in pairs for side in ("chosen", "rejected"))
     # a second run has nothing left to train
     stamp = (tmp_path / "work" / "base" / "model.safetensors").stat().st_mtime_ns
     assert summary_family.main(arguments) == 0
