@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.server.config import ServerConfig
+from ivg_fast.server.pace import paced
 
 _SWITCH_S = 0.0005
 
@@ -56,6 +57,7 @@ def make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
     """What serves the application, not started yet."""
     options = uvicorn.Config(
         app,
+        http=paced(),
         log_level="warning",
         access_log=False,
         server_header=False,
