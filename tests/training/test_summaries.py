@@ -209,7 +209,9 @@ def test_family_from_nothing(reviews_csv, tmp_path, monkeypatch):
         splits["dev"] | splits["test"]
     )
     # long responses are longer than untuned's own, and some of them are in the pairs
-    family = summary_family.SummaryFamily(tmp_path / "work", summary_family.TINY, start=start)
+    family = summary_family.SummaryFamily(
+        tmp_path / "work", summary_family.TINY, start=start, encoder=encoder
+    )
     long = {r["response"] for r in family.samples("long")}
     assert len(long) > 1
     pairs = family.pairs()
