@@ -54,10 +54,14 @@ def listen(config: ServerConfig) -> socket.socket:
 
 
 def make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
-    """What serves the application, not started yet."""
+    """What serves the application, not started yet. Logging stays as the process has set it up;
+    uvicorn's warnings go to the logger "uvicorn.error".
+    """
     options = uvicorn.Config(
         app,
         http=paced(),
+        # uvicorn's own configuration closes every handler of the process it runs in.
+        log_config=None,
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -22,6 +22,7 @@ pytest.importorskip("fastapi", reason="needs the extra `server`")
 pytest.importorskip("openai", reason="needs the extra `test`")
 
 import requests
+import uvicorn
 from engine_cases import text_score
 from fastapi import FastAPI
 from openai import APIError, APIStatusError, InternalServerError, OpenAI, RateLimitError
@@ -435,3 +436,13 @@ def test_it_runs_on_uvloop() -> None:
     loop = factory()
     loop.close()
     assert type(loop).__module__ == "uvloop"
+
+
+def test_the_logging_of_the_process_stays(monkeypatch) -> None:
+    """A new configuration closes every handler there is, and some close what they write to."""
+    configured: list[object] = []
+    monkeypatch.setattr("logging.config.dictConfig", configured.append)
+    make_server(FastAPI(), ServerConfig(port=0)).config.load()
+    assert configured == []
+    uvicorn.Config(FastAPI())  # the check of the check: uvicorn's default
+    assert len(configured) == 1
