@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.training import common
 from ivg_fast.training.records import Record, check_records
-from ivg_fast.training.sft import SFTConfig
+from ivg_fast.training.sft import SFTConfig, fit
 from ivg_fast.training.value import collate, encode
 
 if TYPE_CHECKING:
@@ -82,8 +82,6 @@ def train_responses(
     cut after `config.block_size` tokens. Run again with the same arguments after an interruption,
     training resumes at the last checkpoint.
     """
-    from transformers import Trainer, TrainingArguments
-
     common.check_tokenizer(tokenizer)
     check_records(records, RESPONSE_COLUMNS, "records")
     rows = _rows(tokenizer, records, config.block_size)
@@ -96,44 +94,17 @@ def train_responses(
     inputs = {"num_records": len(records), "model": model.name_or_path}
     folder = common.open_run("sft-responses", config, inputs)
     num_steps = int(len(rows) // config.batch_size * config.epochs)
-    arguments = common.trainer_arguments(config, folder)
-    arguments |= {
-        "warmup_steps": int(config.warmup_ratio * num_steps),
-        "weight_decay": config.weight_decay,
-        "remove_unused_columns": False,
-    }
-    if config.schedule == "wsd":
-        arguments["lr_scheduler_type"] = "warmup_stable_decay"
-        arguments["lr_scheduler_kwargs"] = {
-            "num_decay_steps": int(config.decay_ratio * num_steps),
-            "decay_type": "linear",
-        }
-    optimizer = None
-    if config.optimizer == "muon":
-        from ivg_fast.training.optim import MuonAdamW
-
-        optimizer = MuonAdamW(model, config.learning_rate, config.weight_decay)
-    model.config.use_cache = False
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(**arguments),
-        train_dataset=rows,
-        data_collator=lambda batch: response_batch(batch, tokenizer.pad_token_id),
-        optimizers=(optimizer, None),
+    metrics = fit(
+        model,
+        tokenizer,
+        rows,
+        config,
+        folder,
+        num_steps,
+        {"remove_unused_columns": False},
+        lambda batch: response_batch(batch, tokenizer.pad_token_id),
     )
-    watch = common.stopwatch(folder)
-    trainer.add_callback(watch)
-    result = trainer.train(resume_from_checkpoint=common.last_checkpoint(folder))
-    minutes = watch.minutes
-    model.config.use_cache = True
-    common.save_model(model, tokenizer, folder, config.save_dtype)
-    metrics = {
-        "train_loss": result.training_loss,
-        "num_records": len(rows),
-        "num_steps": trainer.state.global_step,
-        "num_parameters": model.num_parameters(),
-        "minutes": minutes,
-    }
+    metrics["num_records"] = len(rows)
     if eval_records:
         saved = common.load_model(folder)
         metrics["eval_perplexity"] = response_perplexity(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivg_fast.errors import InvalidParameterError
@@ -128,7 +129,6 @@ def train_sft(
     training resumes at the last checkpoint.
     """
     from torch.utils.data import Dataset
-    from transformers import Trainer, TrainingArguments
 
     common.check_tokenizer(tokenizer)
     if not texts:
@@ -153,32 +153,55 @@ def train_sft(
             return {"input_ids": ids, "labels": ids}
 
     num_steps = len(rows) // config.batch_size
-    arguments = common.trainer_arguments(config, folder)
     # The rows already are all the epochs, in random order.
-    arguments |= {
-        "num_train_epochs": 1,
-        "train_sampling_strategy": "sequential",
-        "warmup_steps": int(config.warmup_ratio * num_steps),
-        "weight_decay": config.weight_decay,
-    }
+    order = {"num_train_epochs": 1, "train_sampling_strategy": "sequential"}
+    metrics = fit(model, tokenizer, Rows(), config, folder, num_steps, order)
+    metrics["train_tokens"] = num_steps * config.batch_size * config.block_size
+    if eval_texts:
+        saved = common.load_model(folder)
+        metrics["eval_perplexity"] = perplexity(saved, tokenizer, eval_texts, config.block_size)
+        metrics["num_eval_texts"] = len(eval_texts)
+    return common.write_metrics(folder, metrics)
+
+
+def fit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Any,
+    config: SFTConfig,
+    folder: Path,
+    num_steps: int,
+    arguments: dict[str, Any],
+    data_collator: Any = None,
+) -> dict[str, Any]:
+    """Train `model` on `rows` from the last checkpoint on and save it: the metrics of the run.
+
+    `num_steps` is what the schedule is laid out for; `arguments` go to TrainingArguments.
+    """
+    from transformers import Trainer, TrainingArguments
+
+    arguments = common.trainer_arguments(config, folder) | arguments
+    arguments["warmup_steps"] = int(config.warmup_ratio * num_steps)
+    arguments["weight_decay"] = config.weight_decay
     if config.schedule == "wsd":
         arguments["lr_scheduler_type"] = "warmup_stable_decay"
         arguments["lr_scheduler_kwargs"] = {
             "num_decay_steps": int(config.decay_ratio * num_steps),
             "decay_type": "linear",
         }
-    model.config.use_cache = False
-    if config.compile:
-        model.compile()
     optimizer = None
     if config.optimizer == "muon":
         from ivg_fast.training.optim import MuonAdamW
 
         optimizer = MuonAdamW(model, config.learning_rate, config.weight_decay)
+    model.config.use_cache = False
+    if config.compile:
+        model.compile()
     trainer = Trainer(
         model=model,
         args=TrainingArguments(**arguments),
-        train_dataset=Rows(),
+        train_dataset=rows,
+        data_collator=data_collator,
         optimizers=(optimizer, None),
     )
     watch = common.stopwatch(folder)
@@ -187,15 +210,9 @@ def train_sft(
     minutes = watch.minutes
     model.config.use_cache = True
     common.save_model(model, tokenizer, folder, config.save_dtype)
-    metrics = {
+    return {
         "train_loss": result.training_loss,
-        "train_tokens": num_steps * config.batch_size * config.block_size,
-        "num_steps": num_steps,
+        "num_steps": trainer.state.global_step,
         "num_parameters": model.num_parameters(),
         "minutes": minutes,
     }
-    if eval_texts:
-        saved = common.load_model(folder)
-        metrics["eval_perplexity"] = perplexity(saved, tokenizer, eval_texts, config.block_size)
-        metrics["num_eval_texts"] = len(eval_texts)
-    return common.write_metrics(folder, metrics)
