@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,41 @@ def implicit_values(
     ours = response_logprobs(tuned, tokenizer, records, append_eos)
     reference = response_logprobs(untuned, tokenizer, records, append_eos)
     return [a - b for a, b in zip(ours, reference, strict=True)]
+
+
+def ranked(pairs: Sequence[Record]) -> list[Record]:
+    """The pairs with the response of the higher reward as the chosen one, whatever was drawn."""
+    swap = {"chosen": "rejected", "rejected": "chosen"}
+    return [
+        {
+            re.sub("^(chosen|rejected)", lambda side: swap[side[0]], name): pair[name]
+            for name in pair
+        }
+        if pair["rejected_reward"] > pair["chosen_reward"]
+        else dict(pair)
+        for pair in pairs
+    ]
+
+
+def accuracies(
+    pairs: Sequence[Record],
+    tuned: PreTrainedModel,
+    untuned: PreTrainedModel,
+    value: PrefixValueModel,
+    tokenizer: PreTrainedTokenizerBase,
+    append_eos: bool = False,
+) -> dict[str, float]:
+    """Pairwise accuracy of the implicit and of the explicit value against the pairs' rewards."""
+    both = sides(ranked(pairs))
+    return {
+        "num_heldout_pairs": len(pairs),
+        "implicit_accuracy": pairwise_accuracy(
+            *(implicit_values(tuned, untuned, tokenizer, side, append_eos) for side in both)
+        ),
+        "value_accuracy": pairwise_accuracy(
+            *(final_values(value, tokenizer, side, append_eos) for side in both)
+        ),
+    }
 
 
 def sides(pairs: Sequence[Record]) -> tuple[list[Record], list[Record]]:

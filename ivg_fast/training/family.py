@@ -215,21 +215,8 @@ class Family(Stages):
             )
             metrics[f"{name}_parameters"] = model.num_parameters()
         pairs = read_jsonl(work / "heldout" / "pairs.jsonl", PAIR_COLUMNS)
-        for pair in pairs:  # ranked by the gold reward itself, not by a draw from it
-            if pair["rejected_reward"] > pair["chosen_reward"]:
-                pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
-        chosen, rejected = evaluate.sides(pairs)
-        metrics["num_heldout_pairs"] = len(pairs)
-        metrics["implicit_accuracy"] = evaluate.pairwise_accuracy(
-            *(
-                evaluate.implicit_values(models["tuned"], models["untuned"], tokenizer, side)
-                for side in (chosen, rejected)
-            )
-        )
         value = PrefixValueModel.load(work / "value")
-        metrics["value_accuracy"] = evaluate.pairwise_accuracy(
-            *(evaluate.final_values(value, tokenizer, side) for side in (chosen, rejected))
-        )
+        metrics |= evaluate.accuracies(pairs, models["tuned"], models["untuned"], value, tokenizer)
         for stage in ("base", "untuned", "preferences", "tuned", "value"):
             metrics[f"{stage}_minutes"] = self.metrics(stage)["minutes"]
         metrics["size"], metrics["seed"] = asdict(self.size), self.seed

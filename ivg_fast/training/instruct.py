@@ -265,24 +265,10 @@ class Instruct:
         tokenizer = self.tokenizer()
         samples = read_jsonl(self.work / "heldout" / "samples.jsonl", SAMPLE_COLUMNS)
         pairs = ranked_pairs(samples, self.seed, 0.1)
-        for pair in pairs:
-            if pair["rejected_reward"] > pair["chosen_reward"]:
-                pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
-        chosen, rejected = evaluate.sides(pairs)
         untuned, tuned = (common.load_model(self.work / name) for name in ("untuned", "tuned"))
-        implicit = [
-            evaluate.implicit_values(tuned, untuned, tokenizer, side, append_eos=True)
-            for side in (chosen, rejected)
-        ]
         value = PrefixValueModel.load(self.work / "value")
-        explicit = [
-            evaluate.final_values(value, tokenizer, side, append_eos=True)
-            for side in (chosen, rejected)
-        ]
         found = {
-            "num_heldout_pairs": len(pairs),
-            "implicit_accuracy": evaluate.pairwise_accuracy(*implicit),
-            "value_accuracy": evaluate.pairwise_accuracy(*explicit),
+            **evaluate.accuracies(pairs, tuned, untuned, value, tokenizer, append_eos=True),
             "size": asdict(self.size),
             "seed": self.seed,
             "source": self.metrics("untuned")["source"],

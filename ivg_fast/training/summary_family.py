@@ -253,22 +253,9 @@ class SummaryFamily(Stages):
         metrics["gist_reward"] = sum(rewards) / len(rewards)
         metrics["num_gists"] = len(test)
         pairs = read_jsonl(self.work / "heldout" / "pairs.jsonl", PAIR_COLUMNS)
-        for pair in pairs:  # ranked by the reward itself, not by a draw from it
-            if pair["rejected_reward"] > pair["chosen_reward"]:
-                pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
-        sides = evaluate.sides(pairs)
-        metrics["num_heldout_pairs"] = len(pairs)
-        metrics["implicit_accuracy"] = evaluate.pairwise_accuracy(
-            *(
-                evaluate.implicit_values(
-                    models["tuned"], models["untuned"], self.tokenizer, side, append_eos=True
-                )
-                for side in sides
-            )
-        )
         value = PrefixValueModel.load(self.work / "value")
-        metrics["value_accuracy"] = evaluate.pairwise_accuracy(
-            *(evaluate.final_values(value, self.tokenizer, side, append_eos=True) for side in sides)
+        metrics |= evaluate.accuracies(
+            pairs, models["tuned"], models["untuned"], value, self.tokenizer, append_eos=True
         )
         for stage in ("base", "untuned", "preferences", "long", "tuned", "value"):
             metrics[f"{stage}_minutes"] = self.metrics(stage)["minutes"]

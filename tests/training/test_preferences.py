@@ -120,6 +120,24 @@ def test_pairs_say_which_responses_were_cut(tokenizer):
     assert encode(tokenizer, rejected[0], 64, append_eos=True)[0][-1] == end
 
 
+def test_ranking_swaps_all_that_belongs_to_a_response():
+    pair = {
+        "prompt": "p",
+        "chosen": "worse",
+        "chosen_reward": -1.0,
+        "chosen_is_whole": False,
+        "rejected": "better",
+        "rejected_reward": 2.0,
+        "rejected_is_whole": True,
+    }
+    (better,) = evaluate.ranked([pair])
+    assert (better["prompt"], better["chosen"], better["rejected"]) == ("p", "better", "worse")
+    assert (better["chosen_reward"], better["rejected_reward"]) == (2.0, -1.0)
+    assert (better["chosen_is_whole"], better["rejected_is_whole"]) == (True, False)
+    assert evaluate.ranked([better]) == [better]
+    assert pair["chosen"] == "worse"
+
+
 def test_interrupted_sampling_resumes_to_the_same_data(
     tokenizer, model_folder, tmp_path, monkeypatch
 ):
