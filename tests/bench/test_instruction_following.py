@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alpaca_judge import save_judge
 from instruct_standins import save_paper, save_recipe
 
 from bench.experiments import instruction_following
@@ -193,25 +194,7 @@ def test_alpaca_eval_takes_the_file(
     models: dict[str, str], instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("alpaca_eval", reason="needs the extra `alpaca-eval`")
-    import yaml
-
-    prompt = tmp_path / "judge.txt"
-    prompt.write_text("{instruction} a: {output_1} b: {output_2}", "utf-8")
-    config = {
-        "own": {
-            "prompt_template": str(prompt),
-            "fn_completions": "test_completions",
-            "completions_kwargs": {"model_name": "test", "value": "Output (b)"},
-            "fn_completion_parser": "regex_parser",
-            "completion_parser_kwargs": {
-                "outputs_to_match": {1: r"Output \(a\)", 2: r"Output \(b\)"}
-            },
-            "is_randomize_output_order": False,
-            "batch_size": 1,
-        }
-    }
-    annotators = tmp_path / "configs.yaml"
-    annotators.write_text(yaml.safe_dump(config), "utf-8")
+    annotators = save_judge(tmp_path)
     arguments = [*paper_arguments(models, instructions, tmp_path / "o"), *SMALL]
     arguments += ["--num-prompts", "3", "--judge", str(instructions), "--plain-win-rate"]
     monkeypatch.chdir(tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from alpaca_judge import save_judge
 from tiny_models import tiny_model, tiny_tokenizer
 
 from ivg_fast import Engine, EngineConfig, InvalidParameterError, SearchParams
@@ -48,25 +48,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def judge(tmp_path: Path) -> str:
-    """An annotator of alpaca_eval that needs no key: it prefers the second output."""
-    prompt = tmp_path / "judge.txt"
-    prompt.write_text("{instruction} a: {output_1} b: {output_2}", "utf-8")
-    config = {
-        "own": {
-            "prompt_template": str(prompt),
-            "fn_completions": "test_completions",
-            "completions_kwargs": {"model_name": "test", "value": "Output (b)"},
-            "fn_completion_parser": "regex_parser",
-            "completion_parser_kwargs": {
-                "outputs_to_match": {1: r"Output \(a\)", 2: r"Output \(b\)"}
-            },
-            "is_randomize_output_order": False,
-            "batch_size": 1,
-        }
-    }
-    path = tmp_path / "configs.yaml"
-    path.write_text(yaml.safe_dump(config), "utf-8")
-    return str(path)
+    return str(save_judge(tmp_path))
 
 
 def run(config: Any, data: Path, judge: str, out: Path, **kwargs: Any) -> list[dict[str, str]]:
