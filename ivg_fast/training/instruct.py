@@ -25,7 +25,8 @@ from ivg_fast.errors import InvalidParameterError
 from ivg_fast.training import common, constraints, evaluate
 from ivg_fast.training.dpo import DPORecipe, train_dpo
 from ivg_fast.training.preferences import bradley_terry_pairs
-from ivg_fast.training.records import SAMPLE_COLUMNS, Record, read_jsonl, write_jsonl
+from ivg_fast.training.records import SAMPLE_COLUMNS, Record, flag_of, read_jsonl, write_jsonl
+from ivg_fast.training.stages import Stages, chosen_stages
 from ivg_fast.training.value import ValueConfig, train_value
 from ivg_fast.training.value_model import PrefixValueModel, value_model_from
 
@@ -141,14 +142,14 @@ def ranked_pairs(samples: Sequence[Record], seed: int, min_reward_gap: float) ->
     return bradley_terry_pairs(ordered, seed, min_reward_gap)
 
 
-class Instruct:
+class Instruct(Stages):
     """One build: a method a stage."""
 
     def __init__(
         self, work: Path, size: InstructSize, seed: int, model: str | None, avoid: Sequence[str]
     ) -> None:
-        self.work, self.size, self.seed = work, size, seed
-        self.model = model
+        super().__init__(work)
+        self.size, self.seed, self.model = size, seed, model
         train = constraints.draw_prompts(size.num_prompts, seed, avoid)
         heldout = constraints.draw_prompts(
             size.num_heldout_prompts, seed + 1, [*avoid, *(r["prompt"] for r in train)]
@@ -156,9 +157,6 @@ class Instruct:
         self.prompts = {"samples": train, "heldout": heldout}
         for records in self.prompts.values():
             constraints.check_disjoint((r["prompt"] for r in records), avoid)
-
-    def metrics(self, stage: str) -> dict[str, Any]:
-        return json.loads((self.work / stage / "metrics.json").read_text(encoding="utf-8"))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return common.load_tokenizer(self.work / "untuned")
@@ -171,7 +169,8 @@ class Instruct:
     def sample(self, stage: str) -> None:
         """Responses of `untuned` with rewards; a batch of prompts that is done is not redone.
 
-        Only responses that ended by themselves are kept: the recipes close each with EOS.
+        Only responses that ended by themselves are kept, an end of text alone among them: the
+        recipes close each with EOS.
         """
         from ivg_fast import Engine, EngineConfig, SearchParams
         from ivg_fast.prompts import derive_seed
@@ -214,10 +213,14 @@ class Instruct:
                 handle.flush()
                 logger.info("%s: %d of %d prompts", stage, begin + len(batch), len(records))
         samples = [
-            {"prompt": chat_text(tokenizer, line["raw"]), "response": text, "reward": value}
+            {
+                "prompt": chat_text(tokenizer, line["raw"]),
+                "response": text,
+                "reward": value,
+                flag_of("response"): True,
+            }
             for line in _whole_lines(file)
             for text, value in zip(line["responses"], line["rewards"], strict=True)
-            if text
         ]
         write_jsonl(folder / "samples.jsonl", samples)
         common.write_metrics(
@@ -281,7 +284,7 @@ class Instruct:
 
     def build(self, stages: Sequence[str]) -> None:
         for stage in stages:
-            if (self.work / stage / "metrics.json").exists():
+            if self.is_done(stage):
                 continue
             logger.info("stage %s", stage)
             if stage in self.prompts:
@@ -343,10 +346,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the stages that `args` name; returns the report, or {} if there is none yet."""
-    stages = args.stages.split(",")
-    for stage in stages:
-        if stage not in STAGES:
-            raise InvalidParameterError("stages", stage, f"must be among {STAGES}")
+    stages = chosen_stages(args.stages, STAGES)
     avoid = []
     if args.disjoint_from:
         avoid = [record["prompt"] for record in read_jsonl(args.disjoint_from, {"prompt": str})]
@@ -356,7 +356,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     build = Instruct(Path(args.work), size, args.seed, args.model, avoid)
     build.build(stages)
-    return build.metrics("report") if (build.work / "report" / "metrics.json").exists() else {}
+    return build.metrics("report") if build.is_done("report") else {}
 
 
 def main(argv: list[str] | None = None) -> int:

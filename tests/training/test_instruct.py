@@ -47,8 +47,12 @@ def test_from_nothing(chat_model, tmp_path, monkeypatch, capsys) -> None:
     # Interrupted in the middle of a line behind the first batch, then taken up again.
     assert cli.main([*arguments, "--stages", "untuned,samples"]) == 0
     batches = tmp_path / "w" / "samples" / "batches.jsonl"
-    whole = batches.read_text()
-    batches.write_text("".join(whole.splitlines(keepends=True)[:8]) + '{"raw": "Wri')
+    lines = batches.read_text().splitlines(keepends=True)
+    silent = json.loads(lines[0])
+    silent["responses"][0] = ""  # an end of text alone is a response too
+    lines[0] = json.dumps(silent, ensure_ascii=False) + "\n"
+    whole = "".join(lines)
+    batches.write_text("".join(lines[:8]) + '{"raw": "Wri')
     (tmp_path / "w" / "samples" / "metrics.json").unlink()
     assert cli.main(arguments) == 0
     assert batches.read_text() == whole
@@ -58,6 +62,7 @@ def test_from_nothing(chat_model, tmp_path, monkeypatch, capsys) -> None:
     assert first not in raws
     samples = read_jsonl(tmp_path / "w" / "samples" / "samples.jsonl", {"reward": float})
     assert samples[0]["prompt"] == f"<user>{raws[0]}\n<assistant>"
+    assert (samples[0]["response"], samples[0]["response_is_whole"]) == ("", True)
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["num_samples"] == len(samples) > 40
     assert 0 <= report["implicit_accuracy"] <= 1
