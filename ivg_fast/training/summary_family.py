@@ -68,14 +68,14 @@ class SummarySize:
     num_prompts: int = 2_500
     num_heldout_prompts: int = 200
     response_tokens: int = 64
-    num_long_prompts: int = 1_000
+    num_long_prompts: int = 2_500
     long_tokens: tuple[int, int] = (40, 96)
     temperature: float = 0.8
     min_reward_gap: float = 0.7
     num_dpo_pairs: int = 2_400
-    num_value_samples: int = 4_000
+    num_value_samples: int = 5_000
     dpo_epochs: float = 1.0
-    value_epochs: float = 1.5
+    value_epochs: float = 3.0
 
 
 TINY = SummarySize(
@@ -231,7 +231,7 @@ class SummaryFamily(Stages):
             output_dir=str(self.work / "value"),
             epochs=self.size.value_epochs,
             batch_size=self.size.batch_size,
-            learning_rate=5e-4,
+            learning_rate=1e-3,
             seed=self.seed,
             save_steps=20,
             save_dtype="float16",
