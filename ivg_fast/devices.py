@@ -118,3 +118,14 @@ def pool_errors(num_blocks: int, block_bytes: int, device: torch.device) -> Iter
 def gib(num_bytes: int) -> str:
     """For messages."""
     return f"{num_bytes / 2**30:.2f} GiB"
+
+
+@contextmanager
+def torch_threads(num_threads: int | None) -> Iterator[None]:
+    """Models and kernels of this thread run on `num_threads` threads; None: leaves it as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -50,6 +50,12 @@ class BurstResult:
             stop_index=np.full(num_samples, -1, np.int32),
         )
 
+    @property
+    def drawn(self) -> tuple[NDArray[Any], ...]:
+        """The arguments of Scheduler.commit_tokens."""
+        measured = (self.tokens, self.logprobs, self.base_logprobs, self.rewards)
+        return (*measured, self.num_tokens, self.finish, self.stop_index)
+
 
 def sampling_arguments(
     requests: Sequence[LiveRequest], of_request: Int32s, stop_ids: Int64s

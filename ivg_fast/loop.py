@@ -8,8 +8,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,8 +17,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ivg_fast.burst import BurstRunner
-from ivg_fast.devices import on_device
+from ivg_fast.devices import on_device, torch_threads
 from ivg_fast.draws import BurstResult
+from ivg_fast.errors import QueueFullError
 from ivg_fast.models.text_value import TextValueModel
 from ivg_fast.models.values import call_scorer
 from ivg_fast.one_thread import OneThread
@@ -149,14 +149,22 @@ class RequestLoop:
         try:
             with tqdm(total=len(requests), desc="ivg", unit="prompt", disable=not use_tqdm) as bar:
                 while pending or ids:
+                    ended: list[Ended] = []  # by index
                     while pending and self.has_room:
                         index, request = pending.popleft()
-                        ids[self.submit(request)] = index
-                    for request_id, output in self.run_step():
-                        if request_id not in ids:
+                        try:
+                            ids[self.submit(request)] = index
+                        except QueueFullError:  # others have taken its place since
+                            pending.appendleft((index, request))
+                            break
+                        except Exception as refused:  # the others go on
+                            ended.append((index, refused))
+                    for request_id, output in self.run_step() if pending or ids else ():
+                        if request_id in ids:
+                            ended.append((ids.pop(request_id), output))
+                        else:
                             self.uncollected.append((request_id, output))
-                            continue
-                        index = ids.pop(request_id)
+                    for index, output in ended:
                         if isinstance(output, RequestOutput):
                             outputs[index] = output
                         else:
@@ -216,12 +224,12 @@ class RequestLoop:
         self._score()
         return True
 
-    def _with_room(self, plan: Callable[[], Any]) -> Any:
-        """What the scheduler plans. Where it finds no memory it has changed nothing, and the
+    def _with_room(self, call: Callable[[], T]) -> T:
+        """A call of the scheduler. Where it finds no memory it has changed nothing, and the
         youngest request ends to make room."""
         while True:
             try:
-                return plan()
+                return call()
             except MemoryError as error:
                 with self._lock:
                     live = [r for r in self._live.values() if r.error is None]
@@ -261,16 +269,15 @@ class RequestLoop:
         )
         if result is None:
             result = BurstResult.empty(0, len(plan.sample_request))
-        if taking_part:
-            self._scheduler.commit_tokens(
-                result.tokens,
-                result.logprobs,
-                result.base_logprobs,
-                result.rewards,
-                result.num_tokens,
-                result.finish,
-                result.stop_index,
-            )
+        if not taking_part:
+            return
+        try:
+            self._with_room(lambda: self._scheduler.commit_tokens(*result.drawn))
+        except Exception as error:  # of the whole burst: nobody can say for which of them
+            broken = set(self._scheduler.give_up())
+            for request in (*taking_part, *prefill):
+                if request.request_id in broken:
+                    request.error = request.error or error
 
     def _score(self) -> None:
         plan = self._with_room(self._scheduler.plan_scores)
@@ -339,7 +346,7 @@ class RequestLoop:
             self.is_busy = True
             with (
                 on_device(self._burst.runners["base"].device),
-                _torch_threads(self._num_threads),
+                torch_threads(self._num_threads),
                 torch.inference_mode(),
                 torch.profiler.record_function("ivg::step"),
             ):
@@ -357,16 +364,15 @@ class RequestLoop:
     def _collect(self) -> list[Ended]:
         ended: list[Ended] = []
         for request_id in self._scheduler.take_finished():
-            result = self._scheduler.take_result(request_id)
             request = self._live.pop(request_id)
             if request.is_scored_late and self._threads is not None:
                 self._threads.forget(request_id)
-            output: RequestOutput | BaseException | None = request.error
-            if output is None:
-                try:
-                    output = request.output(result, self._tokenizer)
-                except Exception as error:  # a tokenizer that fails on one text fails no other
-                    output = error
+            output: RequestOutput | BaseException
+            try:
+                result = self._scheduler.take_result(request_id)
+                output = request.error or request.output(result, self._tokenizer)
+            except Exception as error:  # a tokenizer that fails on one text fails no other
+                output = error
             ended.append((request_id, output))
         return ended
 
@@ -386,14 +392,3 @@ class RequestLoop:
         self._live.clear()
         self.uncollected.clear()
         del self._burst
-
-
-@contextmanager
-def _torch_threads(num_threads: int | None) -> Iterator[None]:
-    """Models and kernels of this thread run on `num_threads` threads; None: leaves it as it is."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -106,6 +106,33 @@ def said(output: RequestOutput) -> list[tuple]:
     ]
 
 
+def each_alone(family: Family, params: list[SearchParams]) -> list[list[tuple]]:
+    """What each of PROMPTS returns when nobody else is there."""
+    with make_engine(family) as engine:
+        return [
+            said(engine.generate([prompt], p, seeds=[i])[0])
+            for i, (prompt, p) in enumerate(zip(PROMPTS, params, strict=False))
+        ]
+
+
+def check_next(engine: Engine, alone: list[list[tuple]]) -> None:
+    (output,) = engine.generate([PROMPTS[3]], mixed_params()[3], seeds=[3])
+    assert said(output) == alone[3]
+    engine.check_integrity()
+    assert engine.stats()["num_blocks_used"] == 0
+
+
+def on_scheduler(name: str) -> Callable[[Any, Engine], FailsAt]:
+    def plant(monkeypatch: Any, engine: Engine) -> FailsAt:
+        proxy = SchedulerProxy(engine._scheduler)
+        fault = FailsAt(getattr(engine._scheduler, name), MemoryError("planted"))
+        setattr(proxy, name, fault)
+        monkeypatch.setattr(engine._loop, "_scheduler", proxy)
+        return fault
+
+    return plant
+
+
 def add_all(engine: Engine, params: list[SearchParams]) -> dict[int, int]:
     """Index of each request by its id."""
     pairs = enumerate(zip(PROMPTS, params, strict=False))

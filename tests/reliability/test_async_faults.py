@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from async_cases import checked, collect, serve
 from engine_cases import Family, text_score
-from faults import PROMPTS, FailsAt, Fault, SchedulerProxy, make_engine, said, searched
+from faults import PROMPTS, FailsAt, Fault, each_alone, make_engine, on_scheduler, said, searched
 
 from ivg_fast import AsyncEngine, RequestOutput, SearchParams
 from ivg_fast.models.runner import ModelRunner
@@ -23,13 +23,9 @@ PARAMS = [
 ]
 
 
-@pytest.mark.parametrize("what", ["forward", "plan"])
+@pytest.mark.parametrize("what", ["forward", "plan", "commit_tokens", "take_result"])
 def test_the_thread_outlives_what_fails_at_any_call(monkeypatch, what: str) -> None:
-    with make_engine(FAMILY) as engine:
-        alone = [
-            said(engine.generate([prompt], params, seeds=[i])[0])
-            for i, (prompt, params) in enumerate(zip(PROMPTS, PARAMS, strict=False))
-        ]
+    alone = each_alone(FAMILY, PARAMS)
 
     async def client(served: AsyncEngine, i: int) -> RequestOutput:
         if i % 2:
@@ -56,8 +52,5 @@ def test_the_thread_outlives_what_fails_at_any_call(monkeypatch, what: str) -> N
         fault = FailsAt(ModelRunner.forward, Fault("planted"))
         monkeypatch.setattr(ModelRunner, "forward", fault)
     else:
-        fault = FailsAt(engine._scheduler.plan, MemoryError("planted"))
-        proxy = SchedulerProxy(engine._scheduler)
-        proxy.plan = fault  # type: ignore[attr-defined]
-        monkeypatch.setattr(engine._loop, "_scheduler", proxy)
+        fault = on_scheduler(what)(monkeypatch, engine)
     assert serve(engine, clients) > 3

@@ -16,9 +16,11 @@ from faults import (
     BadScorer,
     FailsAt,
     Fault,
-    SchedulerProxy,
+    check_next,
+    each_alone,
     make_engine,
     mixed_params,
+    on_scheduler,
     run_all,
     said,
     searched,
@@ -35,11 +37,7 @@ FAMILY = Family("llama", seed=5, eos_token_id=7)
 
 @pytest.fixture(scope="module")
 def alone() -> list[list[tuple]]:
-    with make_engine(FAMILY) as engine:
-        return [
-            said(engine.generate([prompt], params, seeds=[i])[0])
-            for i, (prompt, params) in enumerate(zip(PROMPTS, mixed_params(), strict=True))
-        ]
+    return each_alone(FAMILY, mixed_params())
 
 
 @pytest.fixture
@@ -48,24 +46,6 @@ def released() -> Iterator[threading.Event]:
     event = threading.Event()
     yield event
     event.set()
-
-
-def check_next(engine: Engine, alone: list[list[tuple]]) -> None:
-    (output,) = engine.generate([PROMPTS[3]], mixed_params()[3], seeds=[3])
-    assert said(output) == alone[3]
-    engine.check_integrity()
-    assert engine.stats()["num_blocks_used"] == 0
-
-
-def on_scheduler(name: str) -> Callable[[Any, Engine], FailsAt]:
-    def plant(monkeypatch: Any, engine: Engine) -> FailsAt:
-        proxy = SchedulerProxy(engine._scheduler)
-        fault = FailsAt(getattr(engine._scheduler, name), MemoryError("planted"))
-        setattr(proxy, name, fault)
-        monkeypatch.setattr(engine._loop, "_scheduler", proxy)
-        return fault
-
-    return plant
 
 
 def on_object(find: Callable[[Engine], Any], name: str) -> Callable[[Any, Engine], FailsAt]:
@@ -89,7 +69,9 @@ OF_A_BATCH = {
 OF_ONE = {
     "plan": on_scheduler("plan"),
     "plan_scores": on_scheduler("plan_scores"),
+    "commit_tokens": on_scheduler("commit_tokens"),
     "commit_scores": on_scheduler("commit_scores"),
+    "take_result": on_scheduler("take_result"),
     "decode": on_object(lambda engine: engine.tokenizer, "decode"),
 }
 
@@ -118,6 +100,41 @@ def test_a_part_fails_at_any_call(monkeypatch, alone, part: str) -> None:
                 break
     assert k > 3
     assert num_failed >= k - 1
+
+
+def test_commits_that_the_scheduler_refuses(monkeypatch, alone) -> None:
+    """Not for want of memory: the requests of that burst fail, nobody else."""
+    with make_engine(FAMILY) as engine:
+        at_work: list[int] = []
+        real = engine._loop._burst.run
+
+        def run(plan: Any, *rest: Any) -> Any:
+            at_work[:] = [*plan.request_ids.tolist(), *plan.prefill_request_ids.tolist()]
+            return real(plan, *rest)
+
+        def refuse(*arrays: Any) -> None:
+            refused.extend(at_work)
+            raise error
+
+        monkeypatch.setattr(engine._loop._burst, "run", run)
+        fault = on_scheduler("commit_tokens")(monkeypatch, engine)
+        commit, error = fault.real, ValueError("planted")
+        num_failed: list[int] = []
+        for k in itertools.count(1):
+            refused: list[int] = []
+            fault.at = fault.num_calls = 0
+            fault.real = lambda *arrays, k=k: (refuse if fault.num_calls == k else commit)(*arrays)
+            ended, index = run_all(engine, mixed_params())
+            fault.real = commit
+            failed = {i for i, output in ended.items() if output is error}
+            assert failed == {index[request_id] for request_id in refused}
+            for i in set(ended) - failed:
+                assert said(ended[i]) == alone[i], f"call {k}, request {i}"
+            check_next(engine, alone)
+            if not failed:
+                break
+            num_failed.append(len(failed))
+        assert min(num_failed) < len(PROMPTS)
 
 
 @pytest.mark.parametrize(
