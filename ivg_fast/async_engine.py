@@ -63,7 +63,7 @@ class AsyncEngine:
         self._clients: dict[str, Client] = {}  # whose request has not ended
         self._running: dict[int, Client] = {}  # those by the engine's request id
         self._unclaimed: dict[int, Ended] = {}  # ended before its client knew the id
-        self._is_stopping = False
+        self._is_stopping = self._has_aborted_all = False
         self._failure: BaseException | None = None
         self._work = threading.Event()
         self._started: Future[None] = Future()
@@ -160,6 +160,12 @@ class AsyncEngine:
         return not self._is_stopping
 
     @property
+    def has_aborted_all(self) -> bool:
+        """Whether it was shut down without draining: what ends from then on may be no result, even
+        where each candidate says that it is whole, as nobody has ranked them."""
+        return self._has_aborted_all
+
+    @property
     def tokenizer(self) -> Any:
         """The base model's."""
         return self._engine.tokenizer
@@ -182,6 +188,7 @@ class AsyncEngine:
         with self._lock:
             self._is_stopping = True
             if not drain:
+                self._has_aborted_all = True
                 for client in self._clients.values():
                     client.is_aborted = True
                     self._abort_running(client)

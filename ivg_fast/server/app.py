@@ -35,7 +35,8 @@ def create_app(
     config: ServerConfig | None = None,
     api_key: str | None = None,
 ) -> FastAPI:
-    """An ASGI application in OpenAI's form.
+    """An ASGI application in OpenAI's form. Its `state.end_requests()`, called on its event loop,
+    ends those that run and refuses more: their clients get status 503.
 
     Args:
         engine: shut down with the application, which lets its requests finish.
@@ -71,6 +72,10 @@ def create_app(
         docs_url=None,  # their pages come from elsewhere
         redoc_url=None,
         responses=_REFUSALS,
+    )
+    ends: list[asyncio.Future[None]] = []
+    app.state.end_requests = lambda: ends.append(
+        asyncio.ensure_future(engine.shutdown(drain=False))
     )
     add_handlers(app, lambda: metrics.ended("invalid"))
     app.add_middleware(

@@ -25,7 +25,8 @@ class ServerConfig:
         max_response_tokens: max_tokens of a request.
         max_stops: stop strings of a request.
         retry_after_s: seconds after which those that the queue has no room for are told to return.
-        drain_timeout_s: seconds that requests may still take once the server is told to end.
+        drain_timeout_s: seconds that requests may still take once the server is told to end; what
+            runs then is told so, with status 503.
         niceness: by how much the engine's threads step back behind the event loop, 0 to 19: what
             is sent and accepted takes little time, but should not wait for a decode step.
 

@@ -12,6 +12,7 @@ from starlette.types import Receive
 
 from ivg_fast.async_engine import AsyncEngine
 from ivg_fast.client import StreamEvent
+from ivg_fast.errors import EngineStoppedError
 from ivg_fast.outputs import RequestOutput
 from ivg_fast.server.jobs import Job
 from ivg_fast.server.turns import Turns
@@ -20,15 +21,21 @@ T = TypeVar("T")
 
 
 async def generate(engine: AsyncEngine, jobs: Sequence[Job]) -> list[RequestOutput]:
-    """The output of each; if one fails the others are aborted and its error is raised."""
+    """The output of each; if one fails the others are aborted and its error is raised.
+
+    Raises:
+        EngineStoppedError: the engine has ended before one of them.
+    """
     tasks = [
         asyncio.ensure_future(engine.generate(job.prompt, job.params, seed=job.seed))
         for job in jobs
     ]
     try:
-        return await asyncio.gather(*tasks)
+        outputs = await asyncio.gather(*tasks)
     finally:
         await _cancel(tasks)
+    _check_whole(engine)
+    return outputs
 
 
 async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T | None:
@@ -104,10 +111,17 @@ class Streams:
             async with aclosing(events):
                 async for event in events:
                     if event.output is not None:
+                        _check_whole(self._engine)
                         await self._ends.wait()
                     self._items.put_nowait((index, event))
         except Exception as error:
             self._items.put_nowait((index, error))
+
+
+def _check_whole(engine: AsyncEngine) -> None:
+    """Half a response must not look like one."""
+    if engine.has_aborted_all:
+        raise EngineStoppedError("the server has ended before the request")
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import os
@@ -19,6 +20,8 @@ from ivg_fast.server.config import ServerConfig
 from ivg_fast.server.pace import paced
 
 _SWITCH_S = 0.0005
+# What a step takes that is under way when the requests are ended, and writing what they are told.
+_LAST_STEP_S = 5
 
 _LOG = logging.getLogger("ivg_fast")
 
@@ -54,8 +57,8 @@ def listen(config: ServerConfig) -> socket.socket:
 
 
 def make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
-    """What serves the application, not started yet. Logging stays as the process has set it up;
-    uvicorn's warnings go to the logger "uvicorn.error".
+    """What serves an application of create_app, not started yet. Logging stays as the process has
+    set it up; uvicorn's warnings go to the logger "uvicorn.error".
     """
     options = uvicorn.Config(
         app,
@@ -65,9 +68,27 @@ def make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=config.drain_timeout_s,
+        timeout_graceful_shutdown=config.drain_timeout_s + _LAST_STEP_S,
     )
-    return uvicorn.Server(options)
+    return _Server(options, config.drain_timeout_s)
+
+
+class _Server(uvicorn.Server):
+    """Ends what still runs after `drain_timeout_s`, so that its clients are told: uvicorn itself
+    would cut them off."""
+
+    def __init__(self, options: uvicorn.Config, drain_timeout_s: int) -> None:
+        super().__init__(options)
+        self._drain_timeout_s = drain_timeout_s
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        end_requests = self.config.app.state.end_requests  # type: ignore[union-attr]
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(self._drain_timeout_s, end_requests)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
 
 
 def serve(app: FastAPI, config: ServerConfig, listener: socket.socket) -> None:

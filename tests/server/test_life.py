@@ -321,18 +321,51 @@ def test_a_server_that_ends_lets_requests_finish(braked) -> None:
     assert steps.reasons == ["length"] * 3
 
 
-def test_a_server_that_ends_does_not_wait_for_ever(braked) -> None:
-    engine = make_engine(max_burst_steps=1)
+def test_a_server_that_ends_does_not_wait_for_ever(braked, caplog) -> None:
+    """Who is not served to the end is told so: half a response does not look like one."""
+    engine = make_engine(max_burst_steps=1, max_stream_steps=1, max_num_rows=3)
     steps = braked(engine)
     steps.seconds = 0.05
-    with serving(engine, drain_timeout_s=1) as server, ThreadPoolExecutor(4) as pool:
-        calls = [pool.submit(server.post, **LONG_BODY, stream=i == 0) for i in range(2)]
+    with serving(engine, drain_timeout_s=1) as server, ThreadPoolExecutor(8) as pool:
+        streams = [pool.submit(server.post, **LONG_BODY, stream=True) for _ in range(2)]
         wait_until(lambda: engine.stats()["num_requests_running"] == 2)
+        wholes = [pool.submit(server.post, **LONG_BODY) for _ in range(2)]
+        wait_until(lambda: engine.stats()["num_requests_waiting"] == 1)
         server.stop()
-    for call in calls:
-        error = call.exception()
-        assert error is not None or call.result().status_code >= 500
-    assert steps.reasons == ["abort"] * 2
+        for call in wholes:
+            assert call.result().status_code == 503
+            assert call.result().json()["error"]["code"] == "stopped"
+        for call in streams:
+            *events, last = [line for line in call.result().text.split("\n\n") if line]
+            assert len(events) > 3
+            assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopped"
+    assert steps.reasons == ["abort"] * 4
+    assert "Exception in ASGI application" not in caplog.text
+
+
+def test_a_server_that_ends_waits_for_no_scorer() -> None:
+    """Its candidates are whole, but nobody has ranked them: that is no result."""
+    called, released = threading.Event(), threading.Event()
+
+    def hangs(inputs: Any) -> list[float]:
+        called.set()
+        released.wait()
+        return text_score(inputs)
+
+    defaults = SearchParams.best_of_n(2, max_tokens=3, scorer=hangs)
+    with (
+        serving(make_engine(), defaults=defaults, drain_timeout_s=0) as server,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        calls = [pool.submit(server.post, stream=is_streamed) for is_streamed in (False, True)]
+        called.wait()
+        wait_until(lambda: server.engine.stats()["num_requests_running"] == 2)
+        server.stop()
+        whole, stream = (call.result() for call in calls)
+        released.set()
+    assert whole.status_code == 503
+    assert '"code":"stopped"' in stream.text
+    assert "[DONE]" not in stream.text
 
 
 @pytest.fixture
