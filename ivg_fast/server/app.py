@@ -77,7 +77,7 @@ def create_app(
     app.state.end_requests = lambda: ends.append(
         asyncio.ensure_future(engine.shutdown(drain=False))
     )
-    add_handlers(app, lambda: metrics.ended("invalid"))
+    add_handlers(app, metrics.ended)
     app.add_middleware(
         Gate,
         api_key=api_key,

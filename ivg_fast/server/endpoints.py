@@ -93,6 +93,13 @@ class Endpoints:
             if body.stream:
                 return await self._stream(body, request, jobs, responses, begin)
             outputs = await unless_disconnected(request.receive, generate(self.engine, jobs))
+            if outputs is None:
+                self.metrics.ended("disconnected")
+                return Response(status_code=499)  # nobody reads it
+            await self._ends.wait()
+            response = JSONResponse(responses.whole(outputs))
+            self.metrics.answered(outputs, begin)
+            return response
         except Exception as error:
             response = self.refuse(error, names)
             self.metrics.ended(_outcome(error, response.status_code))
@@ -100,12 +107,6 @@ class Endpoints:
         except asyncio.CancelledError:
             self.metrics.ended("disconnected")
             raise
-        if outputs is None:
-            self.metrics.ended("disconnected")
-            return Response(status_code=499)  # nobody reads it
-        await self._ends.wait()
-        self.metrics.answered(outputs, begin)
-        return JSONResponse(responses.whole(outputs))
 
     async def _stream(
         self,

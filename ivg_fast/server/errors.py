@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from ivg_fast.errors import (
@@ -115,17 +116,24 @@ def error_response(
     return JSONResponse(body, status, headers)
 
 
-def add_handlers(app: FastAPI, on_invalid: Callable[[], None]) -> None:
-    """Errors that arise before a request reaches its route; `on_invalid` is called for each body
-    that is not as it should be."""
+def add_handlers(app: FastAPI, ended: Callable[[str], None]) -> None:
+    """Errors that arise before a request reaches its route; `ended` is told the outcome of each
+    whose body is not as it should be, or does not come."""
 
     async def on_validation(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        on_invalid()
+        ended("invalid")
         return _invalid(error)
 
+    async def on_http(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if error.status_code == 400:  # a body that cannot be read
+            is_gone = isinstance(error.__cause__, ClientDisconnect)
+            ended("disconnected" if is_gone else "invalid")
+        return refusal(error.status_code, str(error.detail), error.headers)
+
     app.add_exception_handler(RequestValidationError, on_validation)
-    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(Exception, _on_exception)
 
 
@@ -151,14 +159,12 @@ def _invalid(error: RequestValidationError) -> Response:
         return JSONResponse(_body("the body must be JSON", INVALID, None, "invalid_json"), 400)
     # Of a union every branch complains: the field is theirs in common.
     place = [str(part) for part in found[0]["loc"][1:]]
-    param = place[0] if place else None
+    if not place:
+        message = "the body must be a JSON object, sent with Content-Type: application/json"
+        return JSONResponse(_body(message, INVALID, None, "invalid_json"), 400)
+    param = place[0]
     said = dict.fromkeys(f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in found)
     return JSONResponse(_body("; ".join(said), INVALID, param, None), 400)
-
-
-async def _on_http(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return refusal(error.status_code, str(error.detail), error.headers)
 
 
 async def _on_exception(_: Request, error: Exception) -> Response:

@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -117,6 +119,17 @@ def test_a_client_that_does_not_wait_is_aborted(braked, is_streamed: bool) -> No
         server.wait_idle()
         assert steps.reasons == ["abort"]
         wait_until(lambda: samples(server, "requests_total disconnected") == [1])
+
+
+def test_a_client_that_leaves_inside_its_body() -> None:
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"
+    with serving(make_engine()) as server:
+        address = urlsplit(server.url)
+        with socket.create_connection((address.hostname, address.port)) as connection:
+            connection.sendall(head.encode())
+            requests.get(f"{server.url}/health", timeout=60)  # it has been read by then
+        counters = ("requests_total disconnected", "requests_total invalid")
+        wait_until(lambda: samples(server, *counters) == [1, 0])
 
 
 @pytest.mark.parametrize("is_gone_at_once", [False, True])
@@ -235,6 +248,19 @@ def test_an_unknown_failure_says_nothing_of_itself(monkeypatch) -> None:
             server.client().completions.create(model=MODEL, prompt="x")
         assert caught.value.code == "internal_error"
         assert "secret" not in str(caught.value)
+
+
+def test_a_response_that_cannot_be_written_has_failed(monkeypatch) -> None:
+    """A token's own text, for the log-probabilities, when all has been decoded."""
+
+    def fails(*_: Any) -> str:
+        raise UnicodeError("planted")
+
+    with serving(make_engine()) as server:
+        monkeypatch.setattr("ivg_fast.server.responses.decode_piece", fails)
+        assert server.post(logprobs=0).status_code == 500
+        assert '"code":"internal_error"' in server.post(logprobs=0, stream=True).text
+        wait_until(lambda: samples(server, "requests_total failed", "requests_total ok") == [2, 0])
 
 
 def test_an_engine_whose_thread_fails(braked) -> None:

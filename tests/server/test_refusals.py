@@ -203,6 +203,7 @@ def test_guidance_that_the_engine_has_not() -> None:
     ],
 )
 def test_bodies_that_are_none(server: Server, body: bytes) -> None:
+    before = server.metrics()["ivg_requests_total invalid"]
     for path in ("completions", "chat/completions"):
         response = requests.post(
             f"{server.url}/v1/{path}",
@@ -211,6 +212,24 @@ def test_bodies_that_are_none(server: Server, body: bytes) -> None:
             timeout=60,
         )
         assert error_of(response, 400)["type"] == "invalid_request_error"
+    assert server.metrics()["ivg_requests_total invalid"] == before + 2
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b'{"model": "tiny", "prompt": "x"}', "application/x-www-form-urlencoded"),  # curl -d
+        (b'{"model": "tiny", "prompt": "x"}', None),
+        (b"[]", "application/json"),
+        (b"", "application/json"),
+    ],
+)
+def test_a_body_that_is_no_object_is_told_how_to_be_one(server: Server, body, kind) -> None:
+    headers = {} if kind is None else {"Content-Type": kind}
+    url = f"{server.url}/v1/completions"
+    error = error_of(requests.post(url, data=body, headers=headers, timeout=60), 400)
+    assert "must be a JSON object, sent with Content-Type: application/json" in error["message"]
+    assert error["param"] is None
 
 
 def test_numbers_that_json_has_not(server: Server) -> None:
