@@ -7,9 +7,48 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from engine_cases import Case
+from engine_cases import Case, text_score
+from tiny_models import tiny_model, tiny_tokenizer
 
-from ivg_fast import AsyncEngine, Engine, RequestOutput, SearchParams, StreamEvent
+from ivg_fast import AsyncEngine, Engine, EngineConfig, RequestOutput, SearchParams, StreamEvent
+
+SINGLE = SearchParams(max_tokens=20, seed=3, ignore_eos=True)
+SEARCH = SearchParams.cbs(
+    max_tokens=20,
+    beam_width=2,
+    num_candidates=2,
+    chunk_length=4,
+    scorer=text_score,
+    seed=5,
+    ignore_eos=True,
+)
+
+
+def make_engine(**config: Any) -> Engine:
+    options = {"num_blocks": 400, "num_threads": 1, "max_burst_steps": 4, **config}
+    return Engine(tiny_model("gpt2", seed=1), tiny_tokenizer(), config=EngineConfig(**options))
+
+
+def alone_outputs() -> dict[str, RequestOutput]:
+    """What SINGLE and SEARCH return when nobody else is there."""
+    with make_engine() as engine:
+        single, search = engine.generate(["hello", "hello"], [SINGLE, SEARCH], seeds=[3, 5])
+    return {"single": single, "search": search}
+
+
+def tokens(output: RequestOutput) -> list[int]:
+    return output.outputs[0].token_ids
+
+
+def on_steps(engine: Engine, call: Callable[[int], None]) -> None:
+    """Calls with its number before each step, on the engine's thread."""
+    real, count = engine.step, iter(range(10**9))
+
+    def step():
+        call(next(count))
+        return real()
+
+    engine.step = step  # type: ignore[method-assign]
 
 
 def serve(engine: Engine, clients: Callable[[AsyncEngine], Awaitable[Any]]) -> Any:
