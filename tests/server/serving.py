@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,13 +17,14 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ivg_fast import AsyncEngine, Engine, EngineConfig, SearchParams
+from ivg_fast import AsyncEngine, Engine, EngineConfig, RequestOutput, SearchParams
 from ivg_fast.server.app import create_app
 from ivg_fast.server.config import ServerConfig
 from ivg_fast.server.serve import listen, make_server
 
 MODEL = "tiny"
 DEFAULTS = SearchParams(max_tokens=12)
+LONG_BODY = {"max_tokens": 200, "seed": 3, "ignore_eos": True}
 
 
 def make_engine(chat_templates: Mapping[str, str] | None = None, **config: Any) -> Engine:
@@ -115,3 +117,45 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end, "it never came to that"
         time.sleep(0.005)
+
+
+class Steps:
+    """Watches the steps of an engine: what has ended, and a brake."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.ended: list[Any] = []
+        self.seconds = 0.0
+        self.is_open = threading.Event()
+        self.is_open.set()
+        self.num_waits = 0
+        self._step = engine.step
+        engine.step = self._run  # type: ignore[method-assign]
+
+    def _run(self) -> Any:
+        if not self.is_open.is_set():
+            self.num_waits += 1
+            self.is_open.wait()
+        time.sleep(self.seconds)
+        ended = self._step()
+        self.ended += [output for _, output in ended]
+        return ended
+
+    @property
+    def reasons(self) -> list[str]:
+        outputs = [output for output in self.ended if isinstance(output, RequestOutput)]
+        return [output.outputs[0].finish_reason for output in outputs]
+
+
+def samples(server: Server, *names: str) -> list[float]:
+    found = server.metrics()
+    return [found[f"ivg_{name}"] for name in names]
+
+
+def text_of(response: requests.Response) -> str:
+    assert response.status_code == 200, response.text
+    if not response.headers["content-type"].startswith("text/event-stream"):
+        return response.json()["choices"][0]["text"]
+    *lines, done = [line for line in response.text.split("\n\n") if line]
+    assert done == "data: [DONE]"
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+    return "".join(chunk["choices"][0]["text"] for chunk in chunks)
