@@ -3,7 +3,8 @@
 
 Clients come and go on a tiny random model: streams and whole outputs, searches whose scorer is a
 callable, some of which raise; clients abort, cancel, close their stream, or set deadlines. Each
-request must end in exactly one way, and memory must be flat once the first quarter has run.
+request must end in exactly one way, and the memory of a long run must be flat once three tenths of
+it have passed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import asyncio
 import json
 import os
 import random
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from ivg_fast.models.loading import load_tokenizer
 from ivg_fast.params import ScoreInput
 
 MAX_GROWTH_MB = 8.0
+MIN_JUDGED = 10_000  # requests; until a few thousand have run the allocators still grow
 
 
 def tiny_engine() -> Engine:
@@ -174,7 +177,7 @@ class Soak:
 
     @property
     def growth_mb(self) -> float:
-        """Memory since the first quarter."""
+        """Memory since the first three tenths."""
         return max(self.rss_mb[3:], default=0.0) - max(self.rss_mb[:3], default=0.0)
 
 
@@ -216,5 +219,7 @@ def main() -> None:
         "seconds": round(time.monotonic() - begin, 1),
     }
     print(json.dumps(figures))
-    if state.growth_mb > MAX_GROWTH_MB:
+    if options.requests < MIN_JUDGED:
+        print(f"memory is not judged below {MIN_JUDGED} requests", file=sys.stderr)
+    elif state.growth_mb > MAX_GROWTH_MB:
         raise SystemExit(f"memory has grown by {state.growth_mb:.1f} MB")

@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
-from bench.soak import soak
+from bench import soak as command
+from bench.soak import MIN_JUDGED, Soak, soak
 from ivg_fast.loop import RequestLoop
 
 NUM_REQUESTS = 300
@@ -35,3 +38,20 @@ def test_a_request_that_does_not_end_once_is_seen(monkeypatch, times: int) -> No
     monkeypatch.setattr(RequestLoop, "run_step", run_step)
     with pytest.raises((RuntimeError, TimeoutError)):
         soak(20, num_clients=4, seed=1, timeout_s=5)
+
+
+@pytest.mark.parametrize("num_requests", [MIN_JUDGED - 1, MIN_JUDGED])
+@pytest.mark.parametrize("last_mb", [107.0, 109.0])
+def test_growing_memory_fails_a_long_run(
+    monkeypatch, capsys, num_requests: int, last_mb: float
+) -> None:
+    """A short one only warms up the allocators."""
+    state = Soak(num_requests, random.Random(0), rss_mb=[40.0, 80.0, 100.0, *[last_mb] * 7])
+    monkeypatch.setattr(command, "soak", lambda *_: state)
+    monkeypatch.setattr("sys.argv", ["soak", f"--requests={num_requests}"])
+    if num_requests < MIN_JUDGED or last_mb == 107.0:
+        command.main()
+    else:
+        with pytest.raises(SystemExit, match=r"grown by 9\.0 MB"):
+            command.main()
+    assert ("not judged" in capsys.readouterr().err) == (num_requests < MIN_JUDGED)
