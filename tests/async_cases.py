@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -49,6 +50,14 @@ def on_steps(engine: Engine, call: Callable[[int], None]) -> None:
         return real()
 
     engine.step = step  # type: ignore[method-assign]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Fails after a minute."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.001)
 
 
 def serve(engine: Engine, clients: Callable[[AsyncEngine], Awaitable[Any]]) -> Any:

@@ -20,6 +20,7 @@ from async_cases import (
     on_steps,
     serve,
     tokens,
+    wait_until,
 )
 from engine_cases import text_score
 
@@ -179,6 +180,28 @@ def test_a_scorer_that_hangs_stalls_nobody(released: threading.Event, alone) -> 
         before = num_steps
         await asyncio.sleep(0.05)
         assert num_steps == before  # idle
+
+    serve(engine, clients)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_request_that_ends_before_its_client_knows_its_number(alone, is_streamed: bool) -> None:
+    engine = make_engine()
+    add = engine.add_request
+
+    async def clients(served: AsyncEngine) -> None:
+        def slow(*args: Any, **options: Any) -> int:
+            number = add(*args, **options)
+            served._work.set()
+            wait_until(lambda: bool(served._unclaimed))
+            return number
+
+        engine.add_request = slow  # type: ignore[method-assign]
+        if is_streamed:
+            output = checked(await collect(served, "hello", SINGLE))
+        else:
+            output = await served.generate("hello", SINGLE)
+        assert tokens(output) == tokens(alone["single"])
 
     serve(engine, clients)
 
