@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from async_cases import (
@@ -118,6 +119,37 @@ def test_a_full_queue_refuses_at_once(released: threading.Event, alone) -> None:
         accepted = [await task for task in (first, *tasks) if task not in done]
         assert len(accepted) == 3
         assert all(tokens(output) == tokens(alone["single"]) for output in accepted)
+
+    serve(engine, clients)
+
+
+def test_a_full_queue_refuses_before_a_prompt_is_read(
+    monkeypatch, released: threading.Event
+) -> None:
+    """While the thread that reads prompts is busy, too."""
+    engine = make_engine(max_queued_requests=1)
+    create = engine._factory.create
+
+    def slow(prompts: Any, *rest: Any) -> Any:
+        if prompts == ["long"]:
+            released.wait()
+        return create(prompts, *rest)
+
+    monkeypatch.setattr(engine._factory, "create", slow)
+    on_steps(engine, lambda _: released.wait() and None)
+
+    async def clients(served: AsyncEngine) -> None:
+        queued = asyncio.ensure_future(served.generate("hello", SINGLE))
+        while engine.has_room:
+            await asyncio.sleep(0.001)
+        monkeypatch.setattr(type(engine), "has_room", True)  # one that looked before
+        long = asyncio.ensure_future(served.generate("long", SINGLE))
+        await asyncio.sleep(0)
+        monkeypatch.undo()
+        with pytest.raises(QueueFullError):
+            await asyncio.wait_for(served.generate("hello", SINGLE), 60)
+        released.set()
+        await asyncio.gather(queued, long, return_exceptions=True)
 
     serve(engine, clients)
 
@@ -237,12 +269,18 @@ def test_what_a_scorer_raises_is_its_clients_alone(alone, error) -> None:
     serve(make_engine(), clients)
 
 
-def test_a_text_that_cannot_be_decoded_fails_its_stream_alone(monkeypatch, alone) -> None:
+@pytest.mark.parametrize("is_once", [False, True])
+def test_a_text_that_cannot_be_decoded_fails_its_stream_alone(
+    monkeypatch, alone, is_once: bool
+) -> None:
+    """Also where the text of what there is at its end can be had again."""
     engine = make_engine()
     decode = engine.tokenizer.decode
+    failed: list[int] = []
 
     def fails(ids, **options):
-        if 7 <= len(ids) <= 8:
+        if 7 <= len(ids) <= 8 and not (is_once and failed):
+            failed.append(len(ids))
             raise UnicodeError("planted failure")
         return decode(ids, **options)
 

@@ -40,7 +40,8 @@ def released() -> Iterator[threading.Event]:
 
 def test_draining() -> None:
     async def run() -> None:
-        served = AsyncEngine(make_engine())
+        engine = make_engine()
+        served = AsyncEngine(engine)
         tasks = [asyncio.ensure_future(served.generate("hello", SINGLE)) for _ in range(8)]
         await asyncio.sleep(0)
         await asyncio.gather(served.shutdown(), served.shutdown(drain=True))
@@ -52,6 +53,8 @@ def test_draining() -> None:
         assert not served.abort("nobody")
         served._thread.join(60)
         assert not served._thread.is_alive()
+        with pytest.raises(IVGError, match="the engine is closed"):
+            engine.generate("hello", SINGLE)
 
     asyncio.run(asyncio.wait_for(run(), 120))
 
