@@ -33,7 +33,9 @@ from ivg_fast import (
     RequestOutput,
     ScorerError,
     SearchParams,
+    StreamEvent,
 )
+from ivg_fast.client import Client, deliver
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,21 @@ def test_a_stream_of_a_single_candidate(alone) -> None:
         assert [len(event.token_ids) for event in events] == [2] * 10
 
     serve(make_engine(max_stream_steps=2, max_burst_steps=16), clients)
+
+
+def test_events_come_in_their_order() -> None:
+    """However many wait for an event loop at once."""
+
+    async def run() -> None:
+        made = [Client(str(i), None) for i in range(3)]
+        for first in (0, 10):
+            events = [StreamEvent("", str(n), ()) for n in range(first, first + 10)]
+            assert not deliver((made[int(event.text) % 3], event) for event in events)
+        for i, client in enumerate(made):
+            texts = [(await client.next_event()).text for _ in range(i, 20, 3)]
+            assert texts == [str(n) for n in range(i, 20, 3)]
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_a_stream_of_a_search(alone) -> None:
@@ -142,13 +159,15 @@ def test_a_full_queue_refuses_before_a_prompt_is_read(
         queued = asyncio.ensure_future(served.generate("hello", SINGLE))
         while engine.has_room:
             await asyncio.sleep(0.001)
-        monkeypatch.setattr(type(engine), "has_room", True)  # one that looked before
-        long = asyncio.ensure_future(served.generate("long", SINGLE))
-        await asyncio.sleep(0)
-        monkeypatch.undo()
-        with pytest.raises(QueueFullError):
-            await asyncio.wait_for(served.generate("hello", SINGLE), 60)
-        released.set()
+        with monkeypatch.context() as patch:
+            patch.setattr(type(engine), "has_room", True)  # one that looked before
+            long = asyncio.ensure_future(served.generate("long", SINGLE))
+            await asyncio.sleep(0)
+        try:
+            with pytest.raises(QueueFullError):
+                await asyncio.wait_for(served.generate("hello", SINGLE), 30)
+        finally:
+            released.set()
         await asyncio.gather(queued, long, return_exceptions=True)
 
     serve(engine, clients)

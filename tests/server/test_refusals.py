@@ -306,6 +306,9 @@ def test_a_key_is_needed_for_everything_but_health() -> None:
                 assert error_of(response, 401)["code"] == "invalid_api_key"
                 assert response.headers["www-authenticate"] == "Bearer"
         headers = {"Authorization": f"Bearer {KEY}"}
+        metrics = requests.get(f"{server.url}/metrics", headers=headers, timeout=60).text
+        num_refused = len(paths) * len(wrong)
+        assert f'ivg_requests_total{{outcome="refused"}} {num_refused}.0' in metrics
         for path in paths[:-1]:
             response = requests.get(server.url + path, headers=headers, timeout=60)
             assert response.status_code == 200
