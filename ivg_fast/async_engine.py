@@ -144,8 +144,15 @@ class AsyncEngine:
         return event.output
 
     def abort(self, request_id: str) -> bool:
-        """Ends a request, whose client gets what there is, with finish_reason "abort". Nothing
-        happens, and False is returned, where it has ended already or nobody has asked for it."""
+        """Ends a request, whose client gets what there is; what has not ended by itself has
+        finish_reason "abort". Nothing happens, and False is returned, where it has ended already or
+        nobody has asked for it.
+
+        Raises:
+            InvalidParameterError: `request_id` is no string.
+        """
+        if not isinstance(request_id, str):
+            raise InvalidParameterError("request_id", request_id, "must be a string")
         with self._lock:
             client = self._clients.get(request_id)
             if client is None:

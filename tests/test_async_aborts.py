@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 from async_cases import SEARCH, SINGLE, alone_outputs, make_engine, on_steps, serve, tokens
 
-from ivg_fast import AsyncEngine, Engine, RequestOutput, SearchParams
+from ivg_fast import AsyncEngine, Engine, InvalidParameterError, RequestOutput, SearchParams
 from ivg_fast.burst import BurstRunner
 from ivg_fast.streaming import TextStream, TokenKinds
 
@@ -114,6 +114,8 @@ def test_a_client_that_goes_at_every_step(
 def test_aborts_are_idempotent_and_of_any_name() -> None:
     async def clients(served: AsyncEngine) -> None:
         assert not served.abort("nobody")
+        with pytest.raises(InvalidParameterError, match=r"request_id.*7"):
+            served.abort(7)
         task = asyncio.ensure_future(served.generate("hello", SINGLE, request_id="a"))
         await asyncio.sleep(0)
         assert served.abort("a")  # before its prompt has been read
