@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from bench.experiments.experiment import Experiment, Settings, write_report
 from bench.experiments.families import PAPER_BASES, Family, Prompts
 from bench.experiments.summary import at_equal_kl
 from bench.experiments.tasks import Task
+from ivg_fast.errors import InvalidParameterError, IVGError
 from ivg_fast.request import ROLES
 
 QUICK: dict[str, Any] = {
@@ -64,6 +66,32 @@ def common_parser(description: str, presets: Sequence[str]) -> argparse.Argument
     return made
 
 
+def reported(body: Callable[[], object]) -> int:
+    """Runs it. What this package refuses ends in one line and status 2."""
+    try:
+        body()
+    except IVGError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def refuse_idle(args: argparse.Namespace, needs: Mapping[str, str | None]) -> None:
+    """Raises where an option was given that would change nothing.
+
+    Args:
+        needs: what each option is nothing without, as the message says it; None where that is
+            there.
+
+    Raises:
+        InvalidParameterError: names the first.
+    """
+    for name, needed in needs.items():
+        given = getattr(args, name)
+        if needed and given not in (None, False):
+            raise InvalidParameterError(name, given, f"must be left out without {needed}")
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -80,6 +108,27 @@ def settings_of(args: argparse.Namespace) -> Settings:
     return Settings(**chosen)
 
 
+def check_sizes(
+    args: argparse.Namespace, settings: Settings, prompts: Mapping[str, Prompts]
+) -> None:
+    """Raises where a stage of this run would find too few prompts, before any begins.
+
+    Raises:
+        InvalidParameterError: names the size.
+    """
+    stages = [("num_dev_prompts", "dev"), ("num_prompts", "test")]
+    if args.time:
+        stages.append(("num_timed_prompts", "test"))
+    if not (args.quick or args.no_sweeps):
+        stages.append(("num_sweep_prompts", "dev"))
+    for name, split in stages:
+        there, count = len(prompts[split].texts), getattr(settings, name)
+        if count > there:
+            raise InvalidParameterError(
+                name, count, f"must be at most {there}, the {split} prompts that there are"
+            )
+
+
 def with_given(family: Family, args: argparse.Namespace) -> Family:
     """A preset's models, with those that were given in their place."""
     given = {role: getattr(args, role) for role in ROLES if getattr(args, role)}
@@ -93,9 +142,10 @@ def run(
     task: Task, args: argparse.Namespace, family: Family, prompts: dict[str, Prompts], command: str
 ) -> None:
     """Every stage of an experiment over the folder `args.out`; prints where the report is."""
-    out = Path(args.out)
+    out, settings = Path(args.out), settings_of(args)
+    check_sizes(args, settings, prompts)
     with locked(out):
-        experiment = Experiment(out, family, prompts, settings_of(args), task)
+        experiment = Experiment(out, family, prompts, settings, task)
         try:
             chosen = experiment.choose()
             if args.time:

@@ -21,7 +21,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from bench.experiments.cli import common_parser, run, settings_of, shown, with_given
+from bench.experiments.cli import common_parser, reported, run, settings_of, shown, with_given
 from bench.experiments.families import Family, bundled, load_prompts, paper
 from bench.experiments.tasks import SENTIMENT
 
@@ -41,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
     command = f"python -m bench.experiments.controlled_sentiment {shown(argv)}"
-    run(SENTIMENT, args, family_of(args), load_prompts(args.prompts), command)
-    return 0
+    return reported(
+        lambda: run(SENTIMENT, args, family_of(args), load_prompts(args.prompts), command)
+    )
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.experiments.cli import common_parser, run, settings_of, shown, with_given
-from bench.experiments.families import Family, load_prompts
+from bench.experiments.cli import common_parser, reported, run, settings_of, shown, with_given
+from bench.experiments.families import Family, Prompts, load_prompts
 from bench.experiments.tasks import SUMMARIZATION
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.request import ROLES
@@ -103,21 +103,19 @@ def family_of(args: argparse.Namespace) -> Family:
     return with_given(summary_family(args.family, args.gold), args)
 
 
+def prompts_of(args: argparse.Namespace) -> dict[str, Prompts]:
+    """Those of the command line, else the family's own."""
+    source = args.prompts or (args.family and str(Path(args.family) / "prompts.jsonl"))
+    if not source:
+        raise InvalidParameterError("prompts", None, "must be given for the paper's models")
+    return load_prompts(source)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
-    try:
-        family = family_of(args)
-        source = args.prompts or (args.family and str(Path(args.family) / "prompts.jsonl"))
-        if not source:
-            raise InvalidParameterError("prompts", None, "must be given for the paper's models")
-        prompts = load_prompts(source)
-    except InvalidParameterError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     command = f"python -m bench.experiments.summarization {shown(argv)}"
-    run(SUMMARIZATION, args, family, prompts, command)
-    return 0
+    return reported(lambda: run(SUMMARIZATION, args, family_of(args), prompts_of(args), command))
 
 
 if __name__ == "__main__":

@@ -222,3 +222,8 @@ def test_settings_of_the_command_line() -> None:
     paper = family_of(parser().parse_args(["--out", "x", "--preset", "paper"]))
     assert paper.models["value"] == "chadlzx/gpt2-imdb-token-rm"
     assert (paper.models["base"], paper.gold) == ("gpt2-large", "lvwerra/distilbert-imdb")
+
+
+def test_refusals_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--out", str(tmp_path / "o"), "--num-prompts", "1000000"]) == 2
+    assert "num_prompts must be at most" in capsys.readouterr().err

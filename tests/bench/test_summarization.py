@@ -158,3 +158,34 @@ def test_the_papers_models_and_settings() -> None:
     assert {role: chosen.templates[role] for role in ROLES[1:]} == dict.fromkeys(ROLES[1:], "tldr")
     assert SUMMARIZATION.sampling["stop"] == "\n"
     assert SUMMARIZATION.sampling["temperature"] == 0.7
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--num-prompts 9", "num_prompts must be at most 4, the test prompts"),
+        ("--num-dev-prompts 9", "num_dev_prompts must be at most 4, the dev prompts"),
+        ("--time --num-timed-prompts 9", "num_timed_prompts must be at most 4, the test prompts"),
+        ("--num-prompts 0", "num_prompts must be at least 1"),
+        ("--device abacus", "device must be"),
+        ("--prompts nowhere.jsonl", "no such file: nowhere.jsonl"),
+    ],
+)
+def test_what_no_run_can_do_is_said_in_a_line_before_it_begins(
+    standins: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str,
+    message: str,
+) -> None:  # fmt: skip
+    encoder = str(save_encoder(tmp_path / "encoder"))
+    arguments = ["--out", str(tmp_path / "o"), "--family", standins["folder"], "--gold", encoder]
+    assert main([*arguments, *SIZES.split(), *given.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert not list((tmp_path / "o").glob("cells/*"))
+
+
+def test_sweeps_need_their_prompts_too(
+    standins: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--out", str(tmp_path / "o"), "--family", standins["folder"], "--gold", "x"]
+    sizes = SIZES.replace("--no-sweeps", "--num-sweep-prompts 5")
+    assert main([*arguments, *sizes.split()]) == 2
+    assert "num_sweep_prompts must be at most 4, the dev prompts" in capsys.readouterr().err
