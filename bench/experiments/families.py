@@ -41,7 +41,7 @@ class Family:
     def describe(self) -> dict[str, object]:
         """What of a family decides a response: weights and templates by role."""
         return {
-            "models": {role: fingerprint(self.models[role]) for role in ROLES},
+            "models": {role: fingerprint(self.models[role], role) for role in ROLES},
             "templates": {
                 role: one if isinstance(one, str) else asdict(one)
                 for role, one in sorted(self.templates.items())
@@ -69,20 +69,29 @@ def paper(base: str = PAPER_BASES[0]) -> Family:
     return Family(f"paper, {base}", chosen.models, "lvwerra/distilbert-imdb", chosen.templates)
 
 
-def fingerprint(source: str) -> str:
-    """Tells checkpoints apart: a hash of a folder's or file's content, or the hub's commit."""
+def fingerprint(source: str, role: str = "model") -> str:
+    """Tells checkpoints apart: a hash of a folder's or file's content, or the hub's commit.
+
+    Raises:
+        InvalidParameterError: names the role, where nothing is there or the hub is out of reach.
+    """
+    wanted = "must be a folder, a file or a hub name"
     path = Path(source)
     if path.is_dir():
         files = sorted([*path.glob("*.safetensors"), *path.glob("*.json")])
     elif path.is_file():
         files = [path]
     else:
-        commit = getattr(AutoConfig.from_pretrained(source), "_commit_hash", None)
+        try:
+            commit = getattr(AutoConfig.from_pretrained(source), "_commit_hash", None)
+        except (OSError, ValueError) as error:
+            why = str(error).partition("\n")[0]
+            raise InvalidParameterError(role, source, f"{wanted} ({why})") from error
         if commit is None:
-            raise InvalidParameterError("model", source, "must be a folder, a file or a hub name")
+            raise InvalidParameterError(role, source, wanted)
         return f"{source}@{commit}"
     if not files:
-        raise InvalidParameterError("model", source, "must hold safetensors")
+        raise InvalidParameterError(role, source, "must hold safetensors")
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode())

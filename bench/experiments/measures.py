@@ -77,7 +77,7 @@ def gold_measure(family: Family, device: str = "cpu") -> Measure:
         )
         return lambda records: [[x] for x in score([whole_text(r) for r in records])]
 
-    return Measure("gold", _safe(fingerprint(family.gold)), make)
+    return Measure("gold", _safe(fingerprint(family.gold, "gold")), make)
 
 
 def lexicon_measure() -> Measure:
@@ -96,9 +96,18 @@ def summary_measure(family: Family, device: str = "cpu") -> Measure:
     A reward model reads the post, "TL;DR: " and the summary, as the paper's guides do.
     """
 
-    def make() -> Callable[[Sequence[Record]], Rows]:
+    version = _safe(fingerprint(family.gold, "gold"))
+    wanted = "must be a reward model or a folder of the sentence encoder"
+    try:
         kinds = AutoConfig.from_pretrained(family.gold).architectures or [""]
-        if kinds[0].endswith("ForSequenceClassification"):
+    except (OSError, ValueError) as error:
+        raise InvalidParameterError("gold", family.gold, wanted) from error
+    is_reward_model = kinds[0].endswith("ForSequenceClassification")
+    if not is_reward_model and not (Path(family.gold) / "model.safetensors").is_file():
+        raise InvalidParameterError("gold", family.gold, wanted)
+
+    def make() -> Callable[[Sequence[Record]], Rows]:
+        if is_reward_model:
             score = ClassifierReward(family.gold, device).score
             return lambda records: [
                 [x]
@@ -112,7 +121,7 @@ def summary_measure(family: Family, device: str = "cpu") -> Measure:
             )
         ]
 
-    return Measure("gold", _safe(fingerprint(family.gold)), make)
+    return Measure("gold", version, make)
 
 
 def rouge_measure(prompts: Mapping[str, Prompts]) -> Measure:
@@ -143,7 +152,7 @@ def base_measure(family: Family, temperature: float, device: str = "cpu") -> Mea
 
         return run
 
-    return Measure(f"base_t{temperature}", _safe(fingerprint(family.models["base"])), make)
+    return Measure(f"base_t{temperature}", _safe(fingerprint(family.models["base"], "base")), make)
 
 
 def judge_measure(source: str, device: str = "cpu") -> Measure:
@@ -163,7 +172,7 @@ def judge_measure(source: str, device: str = "cpu") -> Measure:
 
         return run
 
-    return Measure("judge", _safe(fingerprint(source)), make)
+    return Measure("judge", _safe(fingerprint(source, "judge")), make)
 
 
 def load_judge(source: str) -> tuple[Any, Any]:

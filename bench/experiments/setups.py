@@ -48,7 +48,7 @@ class Setup:
     def describe(self) -> dict[str, Any]:
         """What decides a response beside its parameters."""
         return {
-            "models": {role: fingerprint(self.models[role]) for role in ROLES},
+            "models": {role: fingerprint(self.models[role], role) for role in ROLES},
             "templates": dict(sorted(self.templates.items())),
             "max_length": self.max_length,
             "guide_vocabulary": self.guide_vocabulary,

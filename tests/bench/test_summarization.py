@@ -189,3 +189,30 @@ def test_sweeps_need_their_prompts_too(
     sizes = SIZES.replace("--no-sweeps", "--num-sweep-prompts 5")
     assert main([*arguments, *sizes.split()]) == 2
     assert "num_sweep_prompts must be at most 4, the dev prompts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["base", "value", "gold", "judge"])
+def test_a_model_that_is_not_there_is_named(
+    standins: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    encoder = str(save_encoder(tmp_path / "encoder"))
+    arguments = ["--out", str(tmp_path / "o"), "--family", standins["folder"], "--gold", encoder]
+    absent = str(tmp_path / "absent")
+    capsys.readouterr()
+    assert main([*arguments, *SIZES.split(), f"--{name}", absent]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {name} must be")
+    assert error.count("\n") == 1
+    assert not list((tmp_path / "o").glob("cells/*"))
+
+
+def test_a_gold_that_cannot_reward_is_refused_before_decoding(
+    standins: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--out", str(tmp_path / "o"), "--family", standins["folder"]]
+    (tmp_path / "gold.npz").write_bytes(b"weights of another reward")
+    assert main([*arguments, *SIZES.split(), "--gold", str(tmp_path / "gold.npz")]) == 2
+    assert "gold must be a reward model or a folder of the sentence" in capsys.readouterr().err
+    assert not list((tmp_path / "o").glob("cells/*"))
