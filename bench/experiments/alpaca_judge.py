@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from bench.experiments.ifeval import JudgeError
+from bench.experiments.instructions import load_instructions
 from ivg_fast.errors import InvalidParameterError
 
+ANNOTATORS = "weighted_alpaca_eval_gpt4_turbo"
 # What a decoder of alpaca_eval asks for, by the start of its name.
 _KEYS = {
     "openai": ("OPENAI_API_KEY", "OPENAI_API_KEYS"),
@@ -36,6 +39,20 @@ def check_keys(annotators: str | Path) -> None:
         raise JudgeError(
             f"alpaca_eval's annotator {str(annotators)!r} asks {decoder}, which needs an API key: "
             f"set {' or '.join(names)}, or name a local annotator's configs.yaml by --annotators"
+        )
+
+
+def check_reference(reference: Path, instructions: Iterable[str]) -> None:
+    """Whether a file of alpaca_eval has an output for each instruction.
+
+    Raises:
+        TrainingDataError: no such file, or not such a list.
+        InvalidParameterError: it lacks some.
+    """
+    lacking = set(instructions) - {item.text for item in load_instructions(reference)}
+    if lacking:
+        raise InvalidParameterError(
+            "judge", str(reference), f"must have all instructions; it lacks {len(lacking)}"
         )
 
 
@@ -69,7 +86,7 @@ def judge(
     outputs: Path,
     reference: Path,
     *,
-    annotators: str | Path = "weighted_alpaca_eval_gpt4_turbo",
+    annotators: str | Path = ANNOTATORS,
     is_length_controlled: bool = True,
     cache: Path | None = None,
 ) -> dict[str, Any]:

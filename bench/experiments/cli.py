@@ -43,7 +43,7 @@ def common_parser(description: str, presets: Sequence[str]) -> argparse.Argument
     )
     group = made.add_argument_group("models and data")
     group.add_argument("--preset", choices=presets, default=presets[0])
-    group.add_argument("--paper-base", choices=PAPER_BASES, default=PAPER_BASES[0])
+    group.add_argument("--paper-base", choices=PAPER_BASES, help=f"default: {PAPER_BASES[0]}")
     for role in ROLES:
         group.add_argument(f"--{role}", help=f"another {role} model: a folder or hub name")
     group.add_argument("--gold", help="another gold reward: folder, hub name or .npz")
@@ -142,6 +142,11 @@ def run(
     task: Task, args: argparse.Namespace, family: Family, prompts: dict[str, Prompts], command: str
 ) -> None:
     """Every stage of an experiment over the folder `args.out`; prints where the report is."""
+    needs = {
+        "paper_base": None if args.preset == "paper" else "--preset paper",
+        **dict.fromkeys(("judge_name", "num_judged"), None if args.judge else "--judge"),
+    }
+    refuse_idle(args, needs)
     out, settings = Path(args.out), settings_of(args)
     check_sizes(args, settings, prompts)
     with locked(out):

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 
 from bench.experiments.cli import common_parser, reported, run, settings_of, shown, with_given
-from bench.experiments.families import Family, bundled, load_prompts, paper
+from bench.experiments.families import PAPER_BASES, Family, bundled, load_prompts, paper
 from bench.experiments.tasks import SENTIMENT
 
 __all__ = ["family_of", "main", "parser", "settings_of"]
@@ -34,7 +34,8 @@ def parser() -> argparse.ArgumentParser:
 
 def family_of(args: argparse.Namespace) -> Family:
     """The preset's models, with those that were given in their place."""
-    return with_given(paper(args.paper_base) if args.preset == "paper" else bundled(), args)
+    base = args.paper_base or PAPER_BASES[0]
+    return with_given(paper(base) if args.preset == "paper" else bundled(), args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

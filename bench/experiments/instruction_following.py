@@ -35,6 +35,7 @@ import transformers
 import ivg_fast
 from bench.experiments import alpaca_judge, instruction_report
 from bench.experiments.cells import locked
+from bench.experiments.cli import refuse_idle, reported
 from bench.experiments.ifeval import IFEvalJudge
 from bench.experiments.instructions import Item, load_ifeval, load_instructions, subset
 from bench.experiments.setups import (
@@ -49,7 +50,7 @@ from bench.experiments.setups import (
 )
 from bench.experiments.shards import Rank, ShardStore, write_alpaca
 from ivg_fast import EngineConfig
-from ivg_fast.errors import InvalidParameterError, IVGError
+from ivg_fast.errors import InvalidParameterError
 from ivg_fast.request import ROLES
 
 _SEARCH = {
@@ -79,7 +80,9 @@ def parser() -> argparse.ArgumentParser:
     who.add_argument("--preset", choices=PAPER, help="the paper's models and settings")
     who.add_argument("--recipe", metavar="WORK", help="folder of `ivg-fast train instruct`")
     group.add_argument("--paper-base", help="one of the paper's base models")
-    group.add_argument("--value-template", choices=VALUE_TEMPLATES, default=VALUE_TEMPLATES[0])
+    group.add_argument(
+        "--value-template", choices=VALUE_TEMPLATES, help=f"default: {VALUE_TEMPLATES[0]}"
+    )
     for role in ROLES:
         group.add_argument(f"--{role}", help=f"another {role} model: a folder or hub name")
     group.add_argument("--generator", help="what alpaca_eval calls it, before the method's name")
@@ -93,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     group = made.add_argument_group("judges")
     group.add_argument("--nltk-data", help="folder that has NLTK's tokenizers/punkt_tab")
     group.add_argument("--judge", metavar="REFERENCE", help="alpaca_eval's outputs to compare with")
-    group.add_argument("--annotators", default="weighted_alpaca_eval_gpt4_turbo")
+    group.add_argument("--annotators", help=f"default: {alpaca_judge.ANNOTATORS}")
     group.add_argument(
         "--plain-win-rate", action="store_true", help="not length-controlled: of any instructions"
     )
@@ -115,7 +118,10 @@ def setup_of(args: argparse.Namespace) -> Setup:
         setup = recipe_setup(args.recipe, given)
     else:
         setup = paper_setup(
-            args.preset, base=args.paper_base, models=given, value_template=args.value_template
+            args.preset,
+            base=args.paper_base,
+            models=given,
+            value_template=args.value_template or VALUE_TEMPLATES[0],
         )
     search = {name: getattr(args, name) for name in _SEARCH if getattr(args, name) is not None}
     return replace(setup, params=replace(setup.params, **search))
@@ -133,6 +139,13 @@ def rank_of(args: argparse.Namespace) -> Rank:
             raise InvalidParameterError(variable, text, "must be a number")
         found.append(int(text) if given is None else given)
     return Rank(*found)
+
+
+def _device_type(device: str | None) -> str:
+    try:
+        return torch.device(device or "cpu").type
+    except RuntimeError as error:
+        raise InvalidParameterError("device", device, "must be 'cpu' or 'cuda'") from error
 
 
 class Run:
@@ -157,7 +170,7 @@ class Run:
         context = {
             **self.setup.describe(),
             "versions": self.versions,
-            "device": torch.device(args.device or "cpu").type,
+            "device": _device_type(args.device),
             "dtype": args.dtype,
         }
         self.store = ShardStore(
@@ -234,7 +247,7 @@ class Run:
             method: alpaca_judge.judge(
                 path,
                 Path(self.args.judge),
-                annotators=self.args.annotators,
+                annotators=self.args.annotators or alpaca_judge.ANNOTATORS,
                 is_length_controlled=not self.args.plain_win_rate,
                 cache=self.out / "annotations.json",
             )
@@ -245,13 +258,31 @@ class Run:
         return found
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """InvalidParameterError about an option that would say nothing beside the others."""
+    of_judge = None if args.judge else "--judge"
+    of_paper = "--preset" if args.recipe else None
+    refuse_idle(
+        args,
+        {
+            "paper_base": of_paper,
+            "value_template": of_paper,
+            "nltk_data": None if args.ifeval else "--ifeval",
+            "annotators": of_judge,
+            "plain_win_rate": of_judge,
+        },
+    )
+
+
 def run(args: argparse.Namespace, command: str) -> None:
+    check_options(args)
     this = Run(args, command)
     is_whole = args.merge or this.rank.world_size == 1
     # A judge that cannot judge says so before hours of decoding.
     judge = IFEvalJudge(args.nltk_data) if args.ifeval and is_whole else None
     if args.judge:
-        alpaca_judge.check_keys(args.annotators)
+        alpaca_judge.check_keys(args.annotators or alpaca_judge.ANNOTATORS)
+        alpaca_judge.check_reference(Path(args.judge), [item.text for item in this.items])
     if not args.merge:
         this.decode()
     if not is_whole:
@@ -272,12 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     words = [Path(word).name if "/" in word else word for word in argv]  # none of this machine's
     command = f"python -m bench.experiments.instruction_following {shlex.join(words)}"
-    try:
-        run(args, command)
-    except IVGError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return reported(lambda: run(args, command))
 
 
 if __name__ == "__main__":

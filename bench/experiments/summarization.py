@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.experiments.cli import common_parser, reported, run, settings_of, shown, with_given
-from bench.experiments.families import Family, Prompts, load_prompts
+from bench.experiments.families import PAPER_BASES, Family, Prompts, load_prompts
 from bench.experiments.tasks import SUMMARIZATION
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.request import ROLES
@@ -93,7 +93,9 @@ def parser() -> argparse.ArgumentParser:
 def family_of(args: argparse.Namespace) -> Family:
     """The preset's models, with those that were given in their place."""
     if args.preset == "paper":
-        return with_given(paper(args.paper_base), args)
+        if args.family:
+            raise InvalidParameterError("family", args.family, "must be left out of --preset paper")
+        return with_given(paper(args.paper_base or PAPER_BASES[0]), args)
     if not args.family:
         raise InvalidParameterError(
             "family",

@@ -230,6 +230,54 @@ def test_without_a_key_nothing_is_decoded(
     assert "annotators must be a configuration" in capsys.readouterr().err
 
 
+def test_a_reference_that_is_not_one_is_refused_before_decoding(
+    models: dict[str, str], instructions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("alpaca_eval", reason="needs the extra `alpaca-eval`")
+    arguments = paper_arguments(models, instructions, tmp_path / "o")
+    arguments += ["--annotators", str(save_judge(tmp_path)), "--judge"]
+    assert main([*arguments, str(tmp_path / "none.json")]) == 2
+    assert "no such file" in capsys.readouterr().err
+    rows = json.loads(instructions.read_text("utf-8"))[2:]
+    (tmp_path / "few.json").write_text(json.dumps(rows), "utf-8")
+    assert main([*arguments, str(tmp_path / "few.json")]) == 2
+    assert "judge must have all instructions; it lacks 2" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ("--paper-base mistralai/Mistral-7B-Instruct-v0.2", "paper_base"),
+        ("--value-template human-assistant", "value_template"),
+        ("--nltk-data somewhere", "nltk_data"),
+        ("--annotators someone", "annotators"),
+        ("--plain-win-rate", "plain_win_rate"),
+    ],
+)
+def test_options_that_would_say_nothing_are_refused(
+    recipe: Path, instructions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    given: str, what: str,
+) -> None:  # fmt: skip
+    arguments = ["--recipe", str(recipe), "--instructions", str(instructions)]
+    assert main([*arguments, "--out", str(tmp_path / "o"), *given.split()]) == 2
+    assert f"error: {what} must be left out without" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_models_and_devices_that_are_not_there_are_named(
+    models: dict[str, str], instructions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = paper_arguments(models, instructions, tmp_path / "o")
+    for given, message in (
+        (["--tuned", str(tmp_path / "absent")], "error: tuned must be a folder"),
+        (["--device", "abacus"], "error: device must be"),
+    ):
+        assert main([*arguments, *given]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
 def test_ifeval_with_guides_of_the_recipe(
     recipe: Path, ifeval: Path, nltk_data: str, tmp_path: Path
 ) -> None:

@@ -168,6 +168,10 @@ def test_the_papers_models_and_settings() -> None:
         ("--time --num-timed-prompts 9", "num_timed_prompts must be at most 4, the test prompts"),
         ("--num-prompts 0", "num_prompts must be at least 1"),
         ("--device abacus", "device must be"),
+        ("--paper-base gpt2-xl", "paper_base must be left out without --preset paper"),
+        ("--judge-name somebody", "judge_name must be left out without --judge"),
+        ("--num-judged 3", "num_judged must be left out without --judge"),
+        ("--preset paper", "family must be left out of --preset paper"),
         ("--prompts nowhere.jsonl", "no such file: nowhere.jsonl"),
     ],
 )
