@@ -157,6 +157,25 @@ def test_prompts_of_the_guides() -> None:
         run(models, padded(prompts_of(SEED + 2, (5, 3))), processor, max_new_tokens=2)
 
 
+def test_equal_prompts_keep_the_guides_prompts_of_their_own() -> None:
+    """A beam that moves is not followed into another prompt of the same tokens, whose guides have
+    read something else."""
+    models, (own,) = family("llama", SEED), prompts_of(SEED, (5,))
+    ids = torch.tensor([own] * 4)  # two prompts, two beams each
+    apart = {"guide_inputs": padded(prompts_of(SEED + 1, (4, 7)))}
+    moving, anew = (GuidanceLogitsProcessor(**guides(models), **apart) for _ in range(2))
+    scores = torch.zeros(4, VOCAB)
+    moving(ids, scores)
+    first = torch.cat([ids, torch.tensor([[3], [4], [3], [4]])], dim=1)
+    moving(first, scores)
+    # The first prompt's beams change places, so that rows are looked for.
+    second = torch.cat([first[[1, 0, 2, 3]], torch.tensor([[5], [6], [7], [8]])], dim=1)
+    anew(ids, scores)
+    anew._seen = None
+    torch.testing.assert_close(moving(second, scores), anew(second, scores), atol=1e-4, rtol=1e-4)
+    assert moving.num_tokens_forwarded == 2 * 4 * (7 + 1 + 1), "a row was read anew"
+
+
 def test_an_unpadded_processor_is_for_any_number_of_calls() -> None:
     models = family("llama", SEED)
     processor = GuidanceLogitsProcessor(**guides(models))
