@@ -25,7 +25,14 @@ from ivg_fast.errors import InvalidParameterError
 from ivg_fast.training import common, constraints, evaluate
 from ivg_fast.training.dpo import DPORecipe, train_dpo
 from ivg_fast.training.preferences import bradley_terry_pairs
-from ivg_fast.training.records import SAMPLE_COLUMNS, Record, flag_of, read_jsonl, write_jsonl
+from ivg_fast.training.records import (
+    SAMPLE_COLUMNS,
+    Record,
+    flag_of,
+    read_jsonl,
+    whole_lines,
+    write_jsonl,
+)
 from ivg_fast.training.stages import Stages, chosen_stages
 from ivg_fast.training.value import ValueConfig, train_value
 from ivg_fast.training.value_model import PrefixValueModel, value_model_from
@@ -182,7 +189,7 @@ class Instruct(Stages):
         }
         _open(folder, {**settings, "seed": self.seed, "prompts": self.prompts[stage]})
         file = folder / "batches.jsonl"
-        done = _whole_lines(file)
+        done = whole_lines(file)
         params = SearchParams(
             max_tokens=size.response_tokens,
             num_candidates=size.num_samples,
@@ -219,7 +226,7 @@ class Instruct(Stages):
                 "reward": value,
                 flag_of("response"): True,
             }
-            for line in _whole_lines(file)
+            for line in whole_lines(file)
             for text, value in zip(line["responses"], line["rewards"], strict=True)
         ]
         write_jsonl(folder / "samples.jsonl", samples)
@@ -315,17 +322,6 @@ def _open(folder: Path, settings: dict[str, Any]) -> None:
             "work", str(folder), "was begun with other settings or prompts: choose another folder"
         )
     file.write_text(text, encoding="utf-8")
-
-
-def _whole_lines(file: Path) -> list[Record]:
-    """The records of a file that grows by lines; one that was cut short is removed."""
-    if not file.exists():
-        return []
-    text = file.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        file.write_text(whole, encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

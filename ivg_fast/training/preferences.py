@@ -20,6 +20,7 @@ from ivg_fast.training.records import (
     check_records,
     flag_of,
     is_whole,
+    whole_lines,
     write_jsonl,
 )
 
@@ -159,11 +160,7 @@ def sample_preferences(
     folder = common.open_run("preferences", config, inputs)
     jobs = [prompt for prompt in prompts for _ in range(config.num_samples)]
     file = folder / "batches.jsonl"
-    batches: list[list[Record]] = []
-    if file.exists():
-        lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # a torn last line is redone
-        batches = [json.loads(line) for line in lines]
-        file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    batches: list[list[Record]] = whole_lines(file)
     start = time.monotonic()
     starts = range(0, len(jobs), config.batch_size)
     model.eval()

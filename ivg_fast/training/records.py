@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,18 @@ def read_jsonl(path: str | Path, columns: Mapping[str, type]) -> list[Record]:
             records.append(record)
     check_records(records, columns, str(file))
     return records
+
+
+def whole_lines(path: str | Path) -> list[Any]:
+    """What the lines of a growing file hold as JSON, [] where there is none. A last line that an
+    interruption cut short, maybe within a character, is cut off the file."""
+    file = Path(path)
+    if not file.exists():
+        return []
+    *lines, torn = file.read_bytes().split(b"\n")  # no other line ends: JSON's texts may hold them
+    if torn:
+        os.truncate(file, file.stat().st_size - len(torn))
+    return [json.loads(line) for line in lines]
 
 
 def read_texts(path: str | Path) -> list[str]:

@@ -52,7 +52,8 @@ def test_from_nothing(chat_model, tmp_path, monkeypatch, capsys) -> None:
     silent["responses"][0] = ""  # an end of text alone is a response too
     lines[0] = json.dumps(silent, ensure_ascii=False) + "\n"
     whole = "".join(lines)
-    batches.write_text("".join(lines[:8]) + '{"raw": "Wri')
+    torn = '{"raw": "Wré'.encode()[:-1]  # within a character
+    batches.write_bytes("".join(lines[:8]).encode() + torn)
     (tmp_path / "w" / "samples" / "metrics.json").unlink()
     assert cli.main(arguments) == 0
     assert batches.read_text() == whole

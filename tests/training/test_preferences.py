@@ -164,8 +164,8 @@ def test_interrupted_sampling_resumes_to_the_same_data(
     monkeypatch.setattr(preferences, "sample_responses", failing)
     with pytest.raises(KeyboardInterrupt):
         run("cut")
-    with (tmp_path / "cut" / "batches.jsonl").open("a") as handle:
-        handle.write('[{"prompt": "torn')
+    with (tmp_path / "cut" / "batches.jsonl").open("ab") as handle:
+        handle.write('[{"prompt": "torn within é'.encode()[:-1])
     run("cut")
     assert len(calls) == 3 + 3  # the first two batches were not sampled again
     for name in ("samples.jsonl", "pairs.jsonl"):

@@ -11,6 +11,7 @@ from ivg_fast.training.records import (
     TrainingDataError,
     read_jsonl,
     read_texts,
+    whole_lines,
     write_jsonl,
 )
 
@@ -68,3 +69,18 @@ def test_texts_from_either_form(tmp_path):
     one = write(tmp_path / "one.jsonl", json.dumps({"text": "a b"}))
     two = write(tmp_path / "two.jsonl", json.dumps(GOOD))
     assert read_texts(one) == read_texts(two) == ["a b"]
+
+
+def test_whole_lines_of_a_file_that_was_cut_short(tmp_path):
+    path = tmp_path / "growing.jsonl"
+    assert whole_lines(path) == []
+    # Characters that str.splitlines takes for ends of lines.
+    texts = ["a\u2028b", "c\x85d", "\u00e9"]
+    write_jsonl(path, [{"text": text} for text in texts])
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[: whole.index(b"\xe2") + 1])  # within a character
+    assert [record["text"] for record in whole_lines(path)] == texts
+    assert path.read_bytes() == whole
+    path.write_bytes(b'{"te')
+    assert whole_lines(path) == []
+    assert path.read_bytes() == b""
