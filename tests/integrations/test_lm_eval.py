@@ -6,11 +6,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from ivg_fast import (
     Engine,
@@ -182,6 +184,27 @@ def test_a_task_that_samples_rules() -> None:
     assert theirs.max_tokens == model.max_gen_toks
     with pytest.raises(InvalidParameterError, match="repetition_penalty"):
         model._params_of({"repetition_penalty": 1.2})
+
+
+def test_contexts_leave_room_for_the_guides() -> None:
+    """A guide that reads less than the base, also where its weight is 0: the engine has it all the
+    same."""
+    size = load_model(FAMILY / "base").config.vocab_size
+    config = GPT2Config(vocab_size=size, n_positions=24, n_embd=8, n_layer=1, n_head=1)
+    guides = {role: GPT2LMHeadModel(config).eval() for role in ("tuned", "untuned")}
+    lengths = []
+    for weight in (1.0, 0.0):
+        model = IVGLM(
+            str(FAMILY / "base"), **guides, guidance_weight=weight, device="cpu", num_blocks=100
+        )
+        lengths.append(model.max_length)
+        long = "I saw this film and " * 20
+        request = SimpleNamespace(args=(long, {"until": [], "max_gen_toks": 4}))
+        (text,) = model.generate_until([request], disable_tqdm=True)
+        kept = model.tokenizer.decode(model.tokenizer(long).input_ids[-20:])
+        request = SimpleNamespace(args=(kept, {"until": [], "max_gen_toks": 4}))
+        assert model.generate_until([request], disable_tqdm=True) == [text]
+    assert lengths[0] == 24 < lengths[1]
 
 
 def test_refusals() -> None:
