@@ -195,10 +195,11 @@ class _Guide:
             self._cache = DynamicCache(config=self._model.config)
         elif not torch.equal(order, torch.arange(len(order), device=order.device)):
             self._cache.batch_select_indices(order)
+        mask = mask.to(self._model.device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -num_new:]
         output = self._model(
             input_ids=ids[:, -num_new:].to(self._model.device),
-            attention_mask=mask.to(self._model.device),
+            attention_mask=mask,
             past_key_values=self._cache,
             use_cache=True,
             return_dict=True,
