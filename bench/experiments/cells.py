@@ -126,7 +126,8 @@ def decode(engine: Engine, cell: Cell, prompts: Sequence[str], begin: int) -> di
     load = os.getloadavg()[0]
     seeds = [derive_seed(cell.seed, begin + i) for i in range(len(prompts))]
     start, start_cpu = time.perf_counter(), time.process_time()
-    outputs = engine.generate(prompts, cell.method.params, seeds=seeds)
+    read = [cell.prompts.for_engine(text) for text in prompts]
+    outputs = engine.generate(read, cell.method.params, seeds=seeds)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
     return {
         "seconds": seconds,

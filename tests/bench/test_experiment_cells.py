@@ -16,7 +16,7 @@ from bench.experiments.cells import Cell, CellResult, CellStore, locked
 from bench.experiments.families import Prompts
 from bench.experiments.measures import Measure
 from bench.experiments.methods import method
-from ivg_fast import RequestOutput, SearchParams
+from ivg_fast import Prompt, RequestOutput, SearchParams
 from ivg_fast.outputs import CandidateOutput, SearchStats
 
 PROMPTS = Prompts("test", tuple(f"prompt {i}" for i in range(20)))
@@ -27,23 +27,24 @@ class ToyEngine:
     """Answers with the prompt and its seed; fails at its `fail_at`-th call."""
 
     def __init__(self, fail_at: int | None = None) -> None:
-        self.calls: list[list[str]] = []
+        self.calls: list[list[Any]] = []
         self._fail_at = fail_at
 
     def generate(
-        self, prompts: Sequence[str], params: SearchParams, *, seeds: Sequence[int]
+        self, prompts: Sequence[Prompt], params: SearchParams, *, seeds: Sequence[int]
     ) -> list[RequestOutput]:
-        self.calls.append(list(prompts))
+        self.calls.append([prompt.raw for prompt in prompts])
+        self.of_value = [prompt.value for prompt in prompts]
         if len(self.calls) == self._fail_at:
             raise KeyboardInterrupt
         return [
             RequestOutput(
-                prompt=prompt,
+                prompt=prompt.raw,
                 prompt_token_ids=[1],
                 seed=seed,
                 outputs=[
                     CandidateOutput(
-                        text=f" {prompt} {seed} {params.guidance_weight}",
+                        text=f" {prompt.raw} {seed} {params.guidance_weight}",
                         token_ids=[seed % 97],
                         score=0.0,
                         implicit_reward=0.0,
@@ -131,10 +132,12 @@ def test_a_changed_setting_is_another_cell(store: CellStore, tmp_path: Path) -> 
         _cell(method=method("args", 0.5)),
         _cell(prompts=Prompts("dev", PROMPTS.texts)),
         _cell(prompts=Prompts("test", PROMPTS.texts[:15])),
+        _cell(prompts=replace(PROMPTS, value_texts={"prompt 3": "three"})),
+        _cell(prompts=replace(PROMPTS, value_texts={"prompt 4": "three"})),
     ]
     keys = {store.key(c) for c in [cell, *changed]}
     keys.add(CellStore(tmp_path / "x", {**CONTEXT, "versions": "2"}, 4).key(cell))
-    assert len(keys) == 7
+    assert len(keys) == 9
     # What decides no response is no part of the key: how many prompts, the batch, the name, and a
     # seed in the parameters, which the cell's own replaces.
     seeded = replace(cell.method, name="other", params=replace(cell.method.params, seed=9))
@@ -172,3 +175,11 @@ def test_a_measure_reads_each_record_once(tmp_path: Path, store: CellStore) -> N
         assert measure.rows(tmp_path / "m", large) == [[float(i)] for i in range(9)]
         assert measure.rows(tmp_path / "m", small) == [[float(i)] for i in range(6)]
         assert len(seen) == expected
+
+
+def test_the_value_reads_its_own_prompts(tmp_path) -> None:
+    prompts = replace(PROMPTS, value_texts={"prompt 1": "one"})
+    engine = ToyEngine()
+    result = _run(CellStore(tmp_path, CONTEXT, 5), engine, _cell(prompts=prompts, count=2))
+    assert engine.of_value == [None, "one"]
+    assert [record["prompt"] for record in result.records] == ["prompt 0", "prompt 1"]

@@ -100,6 +100,10 @@ def test_shipped_prompts_keep_dev_and_test_apart(tmp_path) -> None:
     file.write_text("".join(rows))
     with pytest.raises(InvalidParameterError, match="must not be in both"):
         load_prompts(str(file))
+    rows = ['{"split": "dev", "prompt": "a", "gist": "g", "value": "v"}\n']
+    file.write_text("".join([*rows, '{"split": "test", "prompt": "b"}\n']))
+    prompts = load_prompts(str(file))["dev"]
+    assert (prompts.references, prompts.value_texts) == ({"a": "g"}, {"a": "v"})
 
 
 @pytest.mark.parametrize(

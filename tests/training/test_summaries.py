@@ -198,8 +198,12 @@ def test_family_from_nothing(reviews_csv, tmp_path, monkeypatch):
     report = json.loads((out / "metrics.json").read_text())
     assert 0 <= report["value_accuracy"] <= 1
     assert f"{report['gist_reward']:.2f}" in (out / "README.md").read_text()
-    columns = {"split": str, "prompt": str, "gist": str}
+    columns = {"split": str, "prompt": str, "gist": str, "value": str}
     records = read_jsonl(out / "prompts.jsonl", columns)
+    tokenizer = AutoTokenizer.from_pretrained(out / "value")
+    lengths = [len(tokenizer(record["value"])["input_ids"]) for record in records]
+    assert max(lengths) - min(lengths) <= 4
+    assert abs(lengths[0] - summary_family.TINY.value_prompt_tokens) <= 4
     splits = {s: {r["prompt"] for r in records if r["split"] == s} for s in ("dev", "test")}
     assert splits["dev"]
     assert splits["test"]
