@@ -2,6 +2,7 @@
 """Shared by all tests; its place also puts this folder on the import path."""
 
 import os
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -21,3 +22,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def released() -> Iterator[threading.Event]:
+    """What hangs waits for this event; it is set at the end."""
+    event = threading.Event()
+    yield event
+    event.set()

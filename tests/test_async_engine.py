@@ -7,7 +7,6 @@ import asyncio
 import dataclasses
 import itertools
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -41,14 +40,6 @@ from ivg_fast.client import Client, deliver
 @pytest.fixture(scope="module")
 def alone() -> dict[str, RequestOutput]:
     return alone_outputs()
-
-
-@pytest.fixture
-def released() -> Iterator[threading.Event]:
-    """What hangs waits for this event; it is set at the end."""
-    event = threading.Event()
-    yield event
-    event.set()
 
 
 def test_a_stream_of_a_single_candidate(alone) -> None:

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,14 +27,6 @@ from ivg_fast import (
 @pytest.fixture(scope="module")
 def alone() -> dict[str, RequestOutput]:
     return alone_outputs()
-
-
-@pytest.fixture
-def released() -> Iterator[threading.Event]:
-    """What hangs waits for this event; it is set at the end."""
-    event = threading.Event()
-    yield event
-    event.set()
 
 
 def engine_threads() -> set[threading.Thread]:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,7 +25,6 @@ from fastapi import FastAPI
 from openai import OpenAI
 from serving import (
     LONG_BODY,
-    Steps,
     make_engine,
     serving,
     text_of,
@@ -37,21 +35,6 @@ from ivg_fast import Engine, SearchParams
 from ivg_fast.assets import imdb_path
 from ivg_fast.server.config import ServerConfig
 from ivg_fast.server.serve import make_server
-
-
-@pytest.fixture
-def braked() -> Iterator[Callable[[Engine], Steps]]:
-    """Makes Steps, whose brakes are off at the end."""
-    made: list[Steps] = []
-
-    def make(engine: Engine) -> Steps:
-        made.append(Steps(engine))
-        return made[-1]
-
-    yield make
-    for steps in made:
-        steps.is_open.set()
-        steps.seconds = 0.0
 
 
 def test_a_server_that_ends_lets_requests_finish(braked) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,7 +21,6 @@ from openai import APIError, APIStatusError, InternalServerError, RateLimitError
 from serving import (
     LONG_BODY,
     MODEL,
-    Steps,
     make_engine,
     samples,
     serving,
@@ -30,24 +28,9 @@ from serving import (
     wait_until,
 )
 
-from ivg_fast import Engine, SearchParams
+from ivg_fast import SearchParams
 
 LONG = {"max_tokens": 200, "seed": 3, "extra_body": {"ignore_eos": True}}
-
-
-@pytest.fixture
-def braked() -> Iterator[Callable[[Engine], Steps]]:
-    """Makes Steps, whose brakes are off at the end."""
-    made: list[Steps] = []
-
-    def make(engine: Engine) -> Steps:
-        made.append(Steps(engine))
-        return made[-1]
-
-    yield make
-    for steps in made:
-        steps.is_open.set()
-        steps.seconds = 0.0
 
 
 def test_a_stream_that_is_left_is_aborted(braked) -> None:
