@@ -4,8 +4,8 @@
     python -m ivg_fast.training.summary_family --work runs/summary --out summary-family
     python -m bench.experiments.summarization --family summary-family --out FOLDER
 
-The first command makes the models, sized for an hour on two quiet cores; they are not part of
-the package. Base, best of 16, EFT, ARGS-style guidance, CBS (implicit, explicit) and IVG summarise
+The first command makes the models, in about two hours on two cores; they are not part of the
+package. Base, best of 16, EFT, ARGS-style guidance, CBS (implicit, explicit) and IVG summarise
 held-out reviews; the judges are the reward of `ivg_fast.training.summary_reward` and ROUGE against
 the gist that was taken out of the text. Weights, seeds, sweeps and resuming are those of
 `controlled_sentiment`.

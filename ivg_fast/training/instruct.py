@@ -24,10 +24,9 @@ from typing import TYPE_CHECKING, Any
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.training import common, constraints, evaluate
 from ivg_fast.training.dpo import DPORecipe, train_dpo
-from ivg_fast.training.preferences import bradley_terry_pairs
+from ivg_fast.training.preferences import ranked_pairs
 from ivg_fast.training.records import (
     SAMPLE_COLUMNS,
-    Record,
     flag_of,
     read_jsonl,
     whole_lines,
@@ -130,23 +129,6 @@ def export_model(source: str | Path, folder: Path) -> None:
     if not tokenizer.chat_template:
         raise InvalidParameterError("model", str(path), "must have a chat template")
     common.save_model(model, tokenizer, folder, "float32")
-
-
-def ranked_pairs(samples: Sequence[Record], seed: int, min_reward_gap: float) -> list[Record]:
-    """Each prompt's best response against its worst, its second best against its second worst ...,
-
-    the winner drawn from the rewards (Bradley-Terry).
-    """
-    by_prompt: dict[str, list[Record]] = {}
-    for sample in samples:
-        by_prompt.setdefault(sample["prompt"], []).append(sample)
-    ordered: list[Record] = []
-    for group in by_prompt.values():
-        ranked = sorted(group, key=lambda record: -record["reward"])
-        half = len(ranked) // 2
-        for best, worst in zip(ranked[:half], reversed(ranked), strict=False):
-            ordered += [best, worst]
-    return bradley_terry_pairs(ordered, seed, min_reward_gap)
 
 
 class Instruct(Stages):

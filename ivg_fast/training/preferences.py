@@ -139,6 +139,22 @@ def bradley_terry_pairs(
     return pairs
 
 
+def ranked_pairs(records: Sequence[Record], seed: int, min_reward_gap: float = 0.0) -> list[Record]:
+    """Pairs of each prompt's best response and its worst, its second best and its second worst, and
+    so on; otherwise as `bradley_terry_pairs`.
+    """
+    by_prompt: dict[str, list[Record]] = {}
+    for record in records:
+        by_prompt.setdefault(record["prompt"], []).append(record)
+    ordered: list[Record] = []
+    for group in by_prompt.values():
+        ranked = sorted(group, key=lambda record: -record["reward"])
+        half = len(ranked) // 2
+        for best, worst in zip(ranked[:half], reversed(ranked), strict=False):
+            ordered += [best, worst]
+    return bradley_terry_pairs(ordered, seed, min_reward_gap)
+
+
 def sample_preferences(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -26,7 +26,7 @@ from ivg_fast.training.gists import gists
 from ivg_fast.training.level_prompts import level_prompt
 from ivg_fast.training.preferences import (
     PreferenceConfig,
-    bradley_terry_pairs,
+    ranked_pairs,
     sample_preferences,
 )
 from ivg_fast.training.records import (
@@ -66,18 +66,19 @@ class SummarySize:
     base_epochs: float = 1.0
     guide_learning_rate: float = 1e-3
     base_learning_rate: float = 5e-4
-    num_prompts: int = 2_500
+    num_prompts: int = 3_500
+    samples_per_prompt: int = 4
     num_heldout_prompts: int = 200
     response_tokens: int = 64
     num_long_prompts: int = 2_500
     long_tokens: tuple[int, int] = (40, 96)
     temperature: float = 0.8
     min_reward_gap: float = 0.7
-    num_dpo_pairs: int = 2_400
-    num_value_samples: int = 5_000
+    num_dpo_pairs: int = 5_000
+    num_long_dpo_pairs: int = 800
     value_prompt_tokens: int = 160
     dpo_epochs: float = 1.0
-    value_epochs: float = 2.0
+    value_epochs: float = 1.5
 
 
 TINY = SummarySize(
@@ -92,7 +93,7 @@ TINY = SummarySize(
     min_reward_gap=0.0,
     batch_size=4,
     num_dpo_pairs=8,
-    num_value_samples=16,
+    num_long_dpo_pairs=4,
     value_prompt_tokens=40,
     value_epochs=1.0,
 )
@@ -186,7 +187,7 @@ class SummaryFamily(Stages):
         shortest, longest = size.long_tokens if is_long else (0, size.response_tokens)
         config = PreferenceConfig(
             output_dir=str(self.work / stage),
-            num_samples=1 if is_long else 2,
+            num_samples={"long": 1, "heldout": 2}.get(stage, size.samples_per_prompt),
             min_new_tokens=shortest,
             max_new_tokens=longest,
             temperature=size.temperature,
@@ -203,14 +204,18 @@ class SummaryFamily(Stages):
         return read_jsonl(self.work / stage / "samples.jsonl", SAMPLE_COLUMNS)
 
     def pairs(self) -> list[Record]:
-        """What `tuned` learns from: two samples of a prompt, and one of them against a long one."""
-        pairs = read_jsonl(self.work / "preferences" / "pairs.jsonl", PAIR_COLUMNS)
-        first = {sample["prompt"]: sample for sample in reversed(self.samples("preferences"))}
+        """What `tuned` learns from: samples of a prompt, and some of them against long ones."""
+        size, samples = self.size, self.samples("preferences")
+        first = {sample["prompt"]: sample for sample in reversed(samples)}
         long = [sample for sample in self.samples("long") if sample["prompt"] in first]
         mixed = [each for sample in long for each in (first[sample["prompt"]], sample)]
-        pairs += bradley_terry_pairs(mixed, self.seed, self.size.min_reward_gap)
-        random.Random(self.seed).shuffle(pairs)
-        return pairs[: self.size.num_dpo_pairs]
+        pairs = ranked_pairs(mixed, self.seed, size.min_reward_gap)[: size.num_long_dpo_pairs]
+        others = ranked_pairs(samples, self.seed, size.min_reward_gap)
+        rng = random.Random(self.seed)
+        rng.shuffle(others)
+        pairs += others[: size.num_dpo_pairs - len(pairs)]
+        rng.shuffle(pairs)
+        return pairs
 
     def tuned(self) -> None:
         pairs = self.pairs()
@@ -234,7 +239,7 @@ class SummaryFamily(Stages):
         return level_prompt(self.tokenizer, text, CUE, self.size.value_prompt_tokens)
 
     def value(self) -> None:
-        samples = self.samples("preferences")[: self.size.num_value_samples] + self.samples("long")
+        samples = self.samples("preferences") + self.samples("long")
         samples = [{**each, "prompt": self.value_prompt(each["prompt"])} for each in samples]
         config = ValueConfig(
             output_dir=str(self.work / "value"),

@@ -107,13 +107,3 @@ def test_a_model_without_a_chat_template_is_refused(tmp_path, capsys) -> None:
 def test_unknown_stage_is_refused(capsys) -> None:
     assert cli.main(["instruct", "--stages", "tune"]) == 2
     assert "'tune'" in capsys.readouterr().err
-
-
-def test_best_meets_worst() -> None:
-    def sample(text: str, reward: float) -> dict[str, object]:
-        return {"prompt": "p", "response": text, "reward": reward}
-
-    samples = [sample("b", 40.0), sample("d", -40.0), sample("a", 90.0), sample("c", 0.0)]
-    samples.append(sample("e", -90.0))
-    pairs = instruct.ranked_pairs(samples, 0, 50.0)
-    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("a", "e"), ("b", "d")]

@@ -11,6 +11,7 @@ from ivg_fast.training.dpo import token_ids
 from ivg_fast.training.preferences import (
     PreferenceConfig,
     bradley_terry_pairs,
+    ranked_pairs,
     sample_preferences,
     sample_responses,
 )
@@ -188,3 +189,13 @@ def test_bad_input(tokenizer, tiny_model, tmp_path):
 
     with pytest.raises(TrainingDataError, match="nan"):
         sample_preferences(tiny_model, tokenizer, ["the"], nan_reward, config)
+
+
+def test_best_meets_worst() -> None:
+    def sample(text: str, reward: float) -> dict[str, object]:
+        return {"prompt": "p", "response": text, "reward": reward}
+
+    samples = [sample("b", 40.0), sample("d", -40.0), sample("a", 90.0), sample("c", 0.0)]
+    samples.append(sample("e", -90.0))
+    pairs = ranked_pairs(samples, 0, 50.0)
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("a", "e"), ("b", "d")]
