@@ -81,17 +81,25 @@ async def ask(port: int, body: Mapping[str, Any]) -> Answer:
 
 
 async def closed_loop(
-    port: int, num_clients: int, num_requests: int, bodies: Iterator[Mapping[str, Any]]
+    port: int,
+    num_clients: int,
+    num_requests: int,
+    bodies: Iterator[Mapping[str, Any]],
+    min_seconds: float = 0.0,
 ) -> tuple[list[Answer], float]:
-    """Clients that each ask again when they are answered; the answers, and seconds in all."""
-    left = iter(range(num_requests))
+    """Clients that each ask again when they are answered, until there have been so many requests
+    and so many seconds; the answers, and seconds in all.
+    """
+    left = num_requests
     answers: list[Answer] = []
+    begin = time.perf_counter()
 
     async def client() -> None:
-        for _ in left:
+        nonlocal left
+        while left > 0 or time.perf_counter() - begin < min_seconds:
+            left -= 1
             answers.append(await ask(port, next(bodies)))
 
-    begin = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(num_clients)))
     return answers, time.perf_counter() - begin
 

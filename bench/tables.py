@@ -80,16 +80,18 @@ def serving(results: Path = RESULTS) -> str:
     levels = {r.kernel: None for r in records if r.x.startswith("clients=")}
     lines = [
         "| model | clients | tokens/s | first event, ms | between tokens, ms | end to end, ms | "
-        "loop delay, p99.9, ms |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "loop delay, p99.9, ms | idle process's, ms |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for kernel in levels:
         for x in dict.fromkeys(r.x for r in records if r.kernel == kernel):
             times = [quantiles(kernel, x, name) for name in LATENCIES]
             delay = found[kernel, x, "event loop delay, p99.9"]
+            idle = found[kernel, x, "idle loop delay, p99.9"]
+            throughput = found[kernel, x, "throughput"]
             lines.append(
                 f"| {kernel.removeprefix('serve, ')} | {x.split('=')[1]} | "
-                f"{found[kernel, x, 'throughput']:,.0f} | {' | '.join(times)} | {delay:.0f} |"
+                f"{throughput:,.0f} | {' | '.join(times)} | {delay:.0f} | {idle:.1f} |"
             )
     for kernel in (k for k in levels if (f"{k}, overload", "times=4", "shed") in found):
         shed = found[f"{kernel}, overload", "times=4", "shed"]

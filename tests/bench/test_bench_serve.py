@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from serving import make_engine, serving
 
 from bench import http_load, run, serve
 from bench.http_load import Answer, ask, closed_loop, open_loop, quantile_bound
+from bench.idle_loop import idle_loop
 from ivg_fast import SearchParams
 
 BODY = {"prompt": "hello", "seed": 1, "max_tokens": 12, "ignore_eos": True}
@@ -56,15 +58,28 @@ def test_loops_ask_as_often_as_they_say(server) -> None:
 def test_a_level_and_an_overload(server, capsys) -> None:
     options = run.parser_of(None).parse_args(["--threads", "1", "--quick"])
     found = run.Run("serve", options, ["--threads", "1"], num_rounds=(4, 4))
-    rate = serve.level(found, port_of(server), "base", 2, 9, 4)
+    watched = serve.UnderLoad(port_of(server), "tiny", lambda: [0.001] * 998 + [0.003] * 2, 0.5)
+    begin = time.perf_counter()
+    rate = serve.level(found, watched, "base", 2, 9, 4)
+    assert time.perf_counter() - begin >= 0.5
     serve.overload(found, port_of(server), "base", rate, 9, 0.1)
     metrics = {record.metric: record for record in found.records if "overload" not in record.kernel}
     assert metrics["throughput"].y_50 == pytest.approx(rate * 9, rel=1e-3)
     assert metrics["end to end"].y_80 <= metrics["end to end, p99"].y_50
     assert metrics["event loop delay, p99.9"].y_50 > 0
+    assert metrics["idle loop delay, p99.9"].y_50 == 3.0
     shed = [record for record in found.records if record.metric == "shed"]
     assert 0 <= shed[0].y_50 <= 100
     assert "accepted and finished" in capsys.readouterr().out
+
+
+def test_an_idle_process_is_watched() -> None:
+    with idle_loop() as delays:
+        time.sleep(0.5)
+        found = delays()
+        assert 2 <= len(found) <= 50 + 5
+        assert min(found) >= 0
+        assert len(delays()) <= 5
 
 
 def test_newcomers_among_searches(server) -> None:
