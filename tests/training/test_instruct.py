@@ -49,17 +49,19 @@ def test_from_nothing(chat_model, tmp_path, monkeypatch, capsys) -> None:
     batches = tmp_path / "w" / "samples" / "batches.jsonl"
     lines = batches.read_text().splitlines(keepends=True)
     silent = json.loads(lines[0])
-    silent["responses"][0] = ""  # an end of text alone is a response too
+    # an end of text alone is a response too
+    silent["responses"][0], silent["are_whole"][0] = "", True
     lines[0] = json.dumps(silent, ensure_ascii=False) + "\n"
     whole = "".join(lines)
-    torn = '{"raw": "Wré'.encode()[:-1]  # within a character
+    torn = '{"responses": ["Wré'.encode()[:-1]  # within a character
     batches.write_bytes("".join(lines[:8]).encode() + torn)
     (tmp_path / "w" / "samples" / "metrics.json").unlink()
     assert cli.main(arguments) == 0
     assert batches.read_text() == whole
 
-    raws = [json.loads(line)["raw"] for line in whole.splitlines()]
-    assert len(raws) == instruct.TINY.num_prompts
+    settings = json.loads((tmp_path / "w" / "samples" / "settings.json").read_text())
+    raws = [record["prompt"] for record in settings["prompts"]]
+    assert len(lines) == len(raws) == instruct.TINY.num_prompts
     assert first not in raws
     samples = read_jsonl(tmp_path / "w" / "samples" / "samples.jsonl", {"reward": float})
     assert samples[0]["prompt"] == f"<user>{raws[0]}\n<assistant>"

@@ -18,7 +18,7 @@ from ivg_fast.errors import InvalidParameterError
 from ivg_fast.training import cli, summary_family, summary_reward
 from ivg_fast.training.gists import excerpt, gists, sentences
 from ivg_fast.training.imdb import Review
-from ivg_fast.training.records import read_jsonl, write_jsonl
+from ivg_fast.training.records import SAMPLE_COLUMNS, read_jsonl, write_jsonl
 from ivg_fast.training.response_sft import IGNORED, response_batch, response_perplexity
 from ivg_fast.training.summary_reward import CUE, SentenceEncoder, SummaryReward, copied_share
 from ivg_fast.training.value_model import PrefixValueModel
@@ -212,6 +212,13 @@ def test_family_from_nothing(reviews_csv, tmp_path, monkeypatch):
     assert {r["prompt"].removesuffix(CUE) for r in trained}.isdisjoint(
         splits["dev"] | splits["test"]
     )
+    # the value has read the guided base, rewarded as everything is
+    guided = read_jsonl(tmp_path / "work" / "guided" / "samples.jsonl", SAMPLE_COLUMNS)
+    assert len(guided) > summary_family.TINY.num_prompts
+    assert {r["prompt"] for r in guided} <= {r["prompt"] for r in trained}
+    reward = SummaryReward(SentenceEncoder(encoder))
+    expected = reward([r["prompt"] + r["response"] for r in guided])
+    assert [r["reward"] for r in guided] == pytest.approx(expected, abs=1e-4)
     # long responses are longer than untuned's own, and some of them are in the pairs
     family = summary_family.SummaryFamily(
         tmp_path / "work", summary_family.TINY, start=start, encoder=encoder
