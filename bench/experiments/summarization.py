@@ -106,11 +106,23 @@ def family_of(args: argparse.Namespace) -> Family:
 
 
 def prompts_of(args: argparse.Namespace) -> dict[str, Prompts]:
-    """Those of the command line, else the family's own."""
+    """Those of the command line, else the family's own.
+
+    Raises:
+        InvalidParameterError: none, or for the paper's models one without its last new line.
+    """
     source = args.prompts or (args.family and str(Path(args.family) / "prompts.jsonl"))
     if not source:
         raise InvalidParameterError("prompts", None, "must be given for the paper's models")
-    return load_prompts(source)
+    found = load_prompts(source)
+    if args.preset == "paper":
+        for text in (text for split in found.values() for text in split.texts):
+            if not text.endswith("\n"):
+                # The guides' template puts its cue right behind the text.
+                raise InvalidParameterError(
+                    "prompts", f"...{text[-40:]}", "must be posts that end in a new line"
+                )
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

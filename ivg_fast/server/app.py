@@ -109,6 +109,7 @@ def _add_routes(app: FastAPI, endpoints: Endpoints) -> None:
             return endpoints.refuse(error, {})
         return JSONResponse(endpoints.card)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", response_class=JSONResponse, responses={503: {}})
     async def health() -> Response:
         is_running = endpoints.engine.is_running

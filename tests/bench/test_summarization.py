@@ -145,8 +145,15 @@ def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "summary_family" in capsys.readouterr().err
     assert main(["--out", str(tmp_path), "--family", str(tmp_path)]) == 2
     assert "must hold base" in capsys.readouterr().err
-    assert main(["--out", str(tmp_path), "--preset", "paper"]) == 2
+    paper = ["--out", str(tmp_path), "--preset", "paper"]
+    assert main(paper) == 2
     assert "prompts" in capsys.readouterr().err
+    posts = tmp_path / "posts.jsonl"
+    posts.write_text(
+        '{"split": "dev", "prompt": "a\\n"}\n{"split": "test", "prompt": "last words"}'
+    )
+    assert main([*paper, "--prompts", str(posts)]) == 2
+    assert "'...last words'" in capsys.readouterr().err
 
 
 def test_the_papers_models_and_settings() -> None:

@@ -276,6 +276,8 @@ def test_models_and_health(server: Server) -> None:
     with pytest.raises(NotFoundError, match="model must be 'tiny', got 'other'"):
         server.client().models.retrieve("other")
     assert requests.get(f"{server.url}/health").json() == {"status": "ok"}
+    head = requests.head(f"{server.url}/health")
+    assert (head.status_code, head.content) == (200, b"")
 
 
 def test_a_planted_difference_is_seen(server: Server, alone: Engine) -> None:
