@@ -41,7 +41,8 @@ _EPILOG = """examples:
       '{"model": "MODEL", "prompt": "I saw this film", "max_tokens": 50, "beam_width": 4,
         "num_candidates": 4, "chunk_length": 5, "guidance": "implicit", "scorer": "explicit"}'
 
-SIGTERM lets the accepted requests finish, for --drain-timeout-s at most.
+SIGTERM or ctrl-C lets the accepted requests finish, for --drain-timeout-s at most; another ctrl-C
+ends them.
 """
 
 

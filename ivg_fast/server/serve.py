@@ -10,7 +10,9 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -74,17 +76,26 @@ def make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
 
 
 class _Server(uvicorn.Server):
-    """Ends what still runs after `drain_timeout_s`, so that its clients are told: uvicorn itself
-    would cut them off."""
+    """Ends what still runs after `drain_timeout_s`, or at a second SIGINT, so that its clients are
+    told: uvicorn itself would cut them off, as it does at the next."""
 
     def __init__(self, options: uvicorn.Config, drain_timeout_s: int) -> None:
         super().__init__(options)
         self._drain_timeout_s = drain_timeout_s
+        self._hurry: Callable[[], object] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig == signal.SIGINT and self._hurry is not None:
+            self._hurry()
+            self._hurry = None
+        else:
+            super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         end_requests = self.config.app.state.end_requests  # type: ignore[union-attr]
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self._drain_timeout_s, end_requests)
+        self._hurry = lambda: loop.call_soon_threadsafe(end_requests)
         try:
             await super().shutdown(sockets)
         finally:
@@ -93,7 +104,7 @@ class _Server(uvicorn.Server):
 
 def serve(app: FastAPI, config: ServerConfig, listener: socket.socket) -> None:
     """Serves until SIGTERM or SIGINT, then lets the requests finish that have been accepted, for
-    `drain_timeout_s` at most. Prints its address first.
+    `drain_timeout_s` at most or until another SIGINT. Prints its address first.
     """
     host = f"[{config.host}]" if listener.family == socket.AF_INET6 else config.host
     print(f"ivg-fast: serving on http://{host}:{listener.getsockname()[1]}", flush=True)

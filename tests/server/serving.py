@@ -52,6 +52,7 @@ class Server:
     engine: Engine
     served: AsyncEngine
     stop: Callable[[], None]
+    signal: Callable[[int], None]
 
     def client(self, api_key: str = "-", **options: Any) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, **options)
@@ -99,7 +100,10 @@ def serving(
     def stop() -> None:
         server.should_exit = True
 
-    live = Server(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, served, stop)
+    def signalled(number: int) -> None:
+        server.handle_exit(number, None)
+
+    live = Server(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, served, stop, signalled)
     try:
         yield live
         if served.is_running:

@@ -75,6 +75,32 @@ def test_a_server_that_ends_does_not_wait_for_ever(braked, caplog) -> None:
     assert "Exception in ASGI application" not in caplog.text
 
 
+def test_a_second_interrupt_ends_the_requests(braked, caplog) -> None:
+    engine = make_engine(max_burst_steps=1, max_stream_steps=1)
+    steps = braked(engine)
+    steps.seconds = 0.05
+    with serving(engine, drain_timeout_s=600) as server, ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(server.post, **LONG_BODY, stream=bool(i)) for i in range(2)]
+        wait_until(lambda: engine.stats()["num_requests_running"] == 2)
+        steps.is_open.clear()
+        server.signal(signal.SIGINT)
+        wait_until(lambda: not answers(server.url))
+        assert not any(call.done() for call in calls)
+        server.signal(signal.SIGINT)
+        steps.is_open.set()
+        whole, stream = (call.result() for call in calls)
+    assert whole.status_code == 503
+    assert '"code":"stopped"' in stream.text
+    assert "Traceback" not in caplog.text
+
+
+def answers(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/health", timeout=60).ok
+    except requests.exceptions.ConnectionError:
+        return False
+
+
 def test_a_server_that_ends_waits_for_no_scorer() -> None:
     """Its candidates are whole, but nobody has ranked them: that is no result."""
     called, released = threading.Event(), threading.Event()
