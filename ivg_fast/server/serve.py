@@ -76,26 +76,28 @@ def make_server(app: FastAPI, config: ServerConfig) -> uvicorn.Server:
 
 
 class _Server(uvicorn.Server):
-    """Ends what still runs after `drain_timeout_s`, or at a second SIGINT, so that its clients are
-    told: uvicorn itself would cut them off, as it does at the next."""
+    """Ends what still runs after `drain_timeout_s`, or at a SIGINT while it ends, so that its
+    clients are told: uvicorn itself would cut them off, as it does at the next."""
 
     def __init__(self, options: uvicorn.Config, drain_timeout_s: int) -> None:
         super().__init__(options)
         self._drain_timeout_s = drain_timeout_s
-        self._hurry: Callable[[], object] | None = None
+        self._is_hurried = False
+        self._end_requests: Callable[[], object] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if sig == signal.SIGINT and self._hurry is not None:
-            self._hurry()
-            self._hurry = None
-        else:
+        if sig != signal.SIGINT or not self.should_exit or self._is_hurried:
             super().handle_exit(sig, frame)
+            return
+        self._is_hurried = True
+        if self._end_requests is not None:
+            self._end_requests()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         end_requests = self.config.app.state.end_requests  # type: ignore[union-attr]
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(self._drain_timeout_s, end_requests)
-        self._hurry = lambda: loop.call_soon_threadsafe(end_requests)
+        self._end_requests = lambda: loop.call_soon_threadsafe(end_requests)
+        timer = loop.call_later(0 if self._is_hurried else self._drain_timeout_s, end_requests)
         try:
             await super().shutdown(sockets)
         finally:

@@ -128,8 +128,15 @@ def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     text = json.dumps(full, indent=1, sort_keys=True) + "\n"
-    (folder / "metrics.json").write_text(text, encoding="utf-8")
+    write_whole(folder / "metrics.json", text)
     return full
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file that whoever is interrupted leaves as it was."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
 
 
 def computes_bf16() -> bool:

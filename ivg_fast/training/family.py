@@ -8,8 +8,6 @@ interrupted: tokenizer and gold reward, untuned, base, preferences, tuned, value
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import random
 import shutil
 from dataclasses import asdict, dataclass
@@ -23,15 +21,13 @@ from ivg_fast.training.preferences import PreferenceConfig, sample_preferences
 from ivg_fast.training.records import PAIR_COLUMNS, SAMPLE_COLUMNS, read_jsonl, write_jsonl
 from ivg_fast.training.rewards import GoldReward, accuracy
 from ivg_fast.training.sft import SFTConfig, new_gpt2, perplexity, train_sft
-from ivg_fast.training.stages import Stages, chosen_stages
+from ivg_fast.training.stages import Stages, chosen_stages, stages_main
 from ivg_fast.training.tokenizer import train_tokenizer
 from ivg_fast.training.value import ValueConfig, train_value
 from ivg_fast.training.value_model import PrefixValueModel, value_model_from
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger("ivg_fast")
 
 MODELS = ("base", "untuned", "tuned", "value")
 
@@ -94,7 +90,7 @@ class Family(Stages):
     """One build of the family: the data in hand and a method for each stage."""
 
     def __init__(self, work: Path, size: FamilySize, seed: int, reviews_csv: str | None) -> None:
-        super().__init__(work)
+        super().__init__(work, {**asdict(size), "seed": seed, "reviews_csv": reviews_csv})
         self.size, self.seed = size, seed
         self.reviews = imdb.load_reviews(reviews_csv)
         train = [review for review in self.reviews if review.split == "train"]
@@ -237,19 +233,13 @@ class Family(Stages):
         )
         (out / "README.md").write_text(card.render(out), encoding="utf-8")
 
-    def build(self, stages: list[str]) -> None:
-        self.tokenizer()
-        self.gold()
-        for stage in stages:
-            if self.is_done(stage):
-                continue
-            logger.info("stage %s", stage)
-            if stage in ("untuned", "base"):
-                self.language_model(stage)
-            elif stage in ("preferences", "heldout"):
-                self.preferences(stage)
-            else:
-                {"tuned": self.tuned, "value": self.value, "report": self.report}[stage]()
+    def run_stage(self, stage: str) -> None:
+        if stage in ("untuned", "base"):
+            self.language_model(stage)
+        elif stage in ("preferences", "heldout"):
+            self.preferences(stage)
+        else:
+            super().run_stage(stage)
 
 
 STAGES = ["untuned", "preferences", "heldout", "tuned", "value", "base", "report"]
@@ -280,11 +270,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    logging.basicConfig(level=logging.INFO)
     parser = argparse.ArgumentParser(prog="python -m ivg_fast.training.family", description=__doc__)
     add_arguments(parser)
-    print(json.dumps(run(parser.parse_args(argv)), sort_keys=True))
-    return 0
+    return stages_main(parser, run, argv)
 
 
 if __name__ == "__main__":

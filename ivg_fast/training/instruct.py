@@ -13,7 +13,6 @@ frozen trunk of `tuned`), `report` (how well both rank held-out responses).
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -32,7 +31,7 @@ from ivg_fast.training.records import (
     read_jsonl,
     write_jsonl,
 )
-from ivg_fast.training.stages import Stages, chosen_stages
+from ivg_fast.training.stages import Stages, chosen_stages, stages_main
 from ivg_fast.training.value import ValueConfig, train_value
 from ivg_fast.training.value_model import PrefixValueModel, value_model_from
 
@@ -137,7 +136,6 @@ class Instruct(Stages):
     def __init__(
         self, work: Path, size: InstructSize, seed: int, model: str | None, avoid: Sequence[str]
     ) -> None:
-        super().__init__(work)
         self.size, self.seed, self.model = size, seed, model
         train = constraints.draw_prompts(size.num_prompts, seed, avoid)
         heldout = constraints.draw_prompts(
@@ -146,6 +144,9 @@ class Instruct(Stages):
         self.prompts = {"samples": train, "heldout": heldout}
         for records in self.prompts.values():
             constraints.check_disjoint((r["prompt"] for r in records), avoid)
+        super().__init__(
+            work, {**asdict(size), "seed": seed, "model": model, "prompts": self.prompts}
+        )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return common.load_tokenizer(self.work / "untuned")
@@ -164,11 +165,8 @@ class Instruct(Stages):
         from ivg_fast import Engine, EngineConfig, SearchParams
 
         size, records = self.size, self.prompts[stage]
-        settings = {
-            name: getattr(size, name)
-            for name in ("num_samples", "response_tokens", "temperature", "top_k")
-        }
-        folder = self.open(stage, {**settings, "seed": self.seed, "prompts": records})
+        folder = self.work / stage
+        folder.mkdir(parents=True, exist_ok=True)
         params = SearchParams(
             max_tokens=size.response_tokens,
             num_candidates=size.num_samples,
@@ -257,15 +255,11 @@ class Instruct(Stages):
         (self.work / "report").mkdir(exist_ok=True)
         common.write_metrics(self.work / "report", found)
 
-    def build(self, stages: Sequence[str]) -> None:
-        for stage in stages:
-            if self.is_done(stage):
-                continue
-            logger.info("stage %s", stage)
-            if stage in self.prompts:
-                self.sample(stage)
-            else:
-                getattr(self, stage)()
+    def run_stage(self, stage: str) -> None:
+        if stage in self.prompts:
+            self.sample(stage)
+        else:
+            super().run_stage(stage)
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, raw: str) -> str:
@@ -312,13 +306,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     parser = argparse.ArgumentParser(
         prog="python -m ivg_fast.training.instruct", description=__doc__.split("\n\n")[0]
     )
     add_arguments(parser)
-    print(json.dumps(run(parser.parse_args(argv)), sort_keys=True))
-    return 0
+    return stages_main(parser, run, argv)
 
 
 if __name__ == "__main__":

@@ -3,45 +3,69 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import logging
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ivg_fast.errors import InvalidParameterError
+from ivg_fast.errors import InvalidParameterError, IVGError
+from ivg_fast.training.common import write_whole
+
+logger = logging.getLogger("ivg_fast")
 
 
 class Stages:
-    """Stages in folders of their own under `work`; one that has metrics.json is done."""
+    """Stages in folders of their own under `work`; one that has metrics.json is done.
 
-    def __init__(self, work: Path) -> None:
-        self.work = work
+    Attributes:
+        settings: what the stages hang on, as JSON writes it; a folder belongs to one of them.
+    """
+
+    def __init__(self, work: Path, settings: Mapping[str, Any]) -> None:
+        self.work, self.settings = work, dict(settings)
+
+    def build(self, stages: Sequence[str]) -> None:
+        """Runs those of the stages that are not done.
+
+        Raises:
+            InvalidParameterError: the work was begun with other settings.
+        """
+        self._begin()
+        for stage in stages:
+            if not self.is_done(stage):
+                logger.info("stage %s", stage)
+                self.run_stage(stage)
+
+    def run_stage(self, stage: str) -> None:
+        """The method of the stage's name, unless a recipe has several stages of a kind."""
+        getattr(self, stage)()
+
+    def _begin(self) -> None:
+        file = self.work / "settings.json"
+        text = json.dumps(self.settings, indent=1, sort_keys=True) + "\n"
+        if file.exists():
+            theirs, ours = json.loads(file.read_text(encoding="utf-8")), json.loads(text)
+            names = sorted(theirs.keys() | ours.keys())
+            changed = [name for name in names if theirs.get(name) != ours.get(name)]
+            if changed:
+                raise InvalidParameterError(
+                    "work",
+                    str(self.work),
+                    f"was begun with other settings ({', '.join(changed)}): choose another folder, "
+                    "or remove its settings.json and the stages that they change",
+                )
+        self.work.mkdir(parents=True, exist_ok=True)
+        write_whole(file, text)
 
     def is_done(self, stage: str) -> bool:
         return (self.work / stage / "metrics.json").exists()
 
     def metrics(self, stage: str) -> dict[str, Any]:
         return json.loads((self.work / stage / "metrics.json").read_text(encoding="utf-8"))
-
-    def open(self, stage: str, settings: dict[str, Any]) -> Path:
-        """Starts a stage's folder, or goes on in one with the same settings.
-
-        Raises:
-            InvalidParameterError: it was begun with others.
-        """
-        folder = self.work / stage
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "settings.json"
-        text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
-        if file.exists() and file.read_text(encoding="utf-8") != text:
-            raise InvalidParameterError(
-                "work",
-                str(folder),
-                "was begun with other settings or prompts: choose another folder",
-            )
-        file.write_text(text, encoding="utf-8")
-        return folder
 
     def export_models(self, out: Path, names: Sequence[str]) -> None:
         """Copies models and tokenizers to `out`, without the records of their runs."""
@@ -63,3 +87,19 @@ def chosen_stages(given: str, known: Sequence[str]) -> list[str]:
         if stage not in known:
             raise InvalidParameterError("stages", stage, f"must be among {known}")
     return stages
+
+
+def stages_main(
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], dict[str, Any]],
+    argv: Sequence[str] | None,
+) -> int:
+    """A recipe's command: its report as JSON; exit status 2 and a line on bad input."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        report = run(parser.parse_args(argv))
+    except IVGError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(report, sort_keys=True))
+    return 0

@@ -31,11 +31,11 @@ Held out, {metrics["num_gists"]} gists of the test split: perplexity a token of 
 {metrics["tuned_perplexity"]:.1f}; reward of the gists themselves {metrics["gist_reward"]:.2f}, of
 samples of untuned (train split) {metrics["sampled_reward"]:.2f}, of those that were kept from
 ending for {size["long_tokens"][0]} tokens {metrics["long_reward"]:.2f}, of the base's guided with
-weights {weights} {metrics["guided_reward"]:.2f}. Tuned learns from the first two, the value from
-the last two: it ranks what guidance gives, and a search would run on where its value has seen no
-long response. Of {metrics["num_heldout_pairs"]} pairs of untuned's samples the implicit value ranks
-{metrics["implicit_accuracy"]:.3f} as the reward does, the explicit value
-{metrics["value_accuracy"]:.3f}.
+weights {weights} {metrics["guided_reward"]:.2f}. Tuned learns from untuned's samples and the long
+ones; the value from the guided ones, which are what it has to rank, and the long ones: a search
+would run on where its value has seen no long response. Of {metrics["num_heldout_pairs"]} pairs of
+untuned's samples the implicit value ranks {metrics["implicit_accuracy"]:.3f} as the reward does,
+the explicit value {metrics["value_accuracy"]:.3f}.
 
 Made by `python -m ivg_fast.training.summary_family --out FOLDER`, seed {metrics["seed"]}; all
 sizes and minutes are in metrics.json.

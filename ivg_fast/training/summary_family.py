@@ -40,7 +40,7 @@ from ivg_fast.training.records import (
 )
 from ivg_fast.training.response_sft import response_perplexity, train_responses
 from ivg_fast.training.sft import SFTConfig
-from ivg_fast.training.stages import Stages, chosen_stages
+from ivg_fast.training.stages import Stages, chosen_stages, stages_main
 from ivg_fast.training.summary_card import card
 from ivg_fast.training.summary_reward import CUE, SentenceEncoder, SummaryReward, find_encoder
 from ivg_fast.training.value import ValueConfig, train_value
@@ -117,7 +117,8 @@ class SummaryFamily(Stages):
         start: str | Path | None = None,
         encoder: str | Path | None = None,
     ) -> None:
-        super().__init__(work)
+        given = {"start": start and str(start), "encoder": encoder and str(encoder)}
+        super().__init__(work, {**asdict(size), "seed": seed, "reviews_csv": reviews_csv, **given})
         self.size, self.seed, self.reviews_csv = size, seed, reviews_csv
         self.start = Path(start) if start else imdb_path()
         self.encoder_path = find_encoder(encoder)
@@ -252,11 +253,8 @@ class SummaryFamily(Stages):
         texts = list(dict.fromkeys(each["prompt"] for each in self.records("train")))
         texts = texts[: size.num_prompts]
         prompts = [text + CUE for text in texts]
-        settings = {
-            name: getattr(size, name)
-            for name in ("samples_per_prompt", "response_tokens", "temperature", "guided_weights")
-        }
-        folder = self.open("guided", {**settings, "seed": self.seed, "texts": len(texts)})
+        folder = self.work / "guided"
+        folder.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
         params = [
             SearchParams(
@@ -352,17 +350,13 @@ class SummaryFamily(Stages):
         shutil.copyfile(self.work / "report" / "metrics.json", out / "metrics.json")
         (out / "README.md").write_text(card(self.metrics("report")), encoding="utf-8")
 
-    def build(self, stages: list[str]) -> None:
-        for stage in stages:
-            if self.is_done(stage):
-                continue
-            logger.info("stage %s", stage)
-            if stage in ("untuned", "base"):
-                self.language_model(stage)
-            elif stage in ("preferences", "long", "heldout"):
-                self.preferences(stage)
-            else:
-                getattr(self, stage)()
+    def run_stage(self, stage: str) -> None:
+        if stage in ("untuned", "base"):
+            self.language_model(stage)
+        elif stage in ("preferences", "long", "heldout"):
+            self.preferences(stage)
+        else:
+            super().run_stage(stage)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -378,22 +372,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    logging.basicConfig(level=logging.INFO)
-    parser = argparse.ArgumentParser(
-        prog="python -m ivg_fast.training.summary_family", description=__doc__
-    )
-    add_arguments(parser)
-    args = parser.parse_args(argv)
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Build the family that `args` describe; returns the report, or {} if there is none yet."""
+    stages = chosen_stages(args.stages, STAGES)
     size = TINY if args.tiny else SummarySize()
     family = SummaryFamily(
         Path(args.work), size, args.seed, args.reviews_csv, args.start, args.encoder
     )
-    family.build(chosen_stages(args.stages, STAGES))
-    if args.out and family.is_done("report"):
+    family.build(stages)
+    if not family.is_done("report"):
+        return {}
+    if args.out:
         family.export(Path(args.out))
-    print(json.dumps(family.metrics("report") if family.is_done("report") else {}, sort_keys=True))
-    return 0
+    return family.metrics("report")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m ivg_fast.training.summary_family", description=__doc__
+    )
+    add_arguments(parser)
+    return stages_main(parser, run, argv)
 
 
 if __name__ == "__main__":

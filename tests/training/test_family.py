@@ -34,7 +34,7 @@ def reviews_csv(tmp_path_factory):
     return path
 
 
-def test_family_from_nothing(reviews_csv, tmp_path):
+def test_family_from_nothing(reviews_csv, tmp_path, capsys):
     pytest.importorskip("trl", reason="needs the extra `train`")
     pytest.importorskip("sklearn", reason="needs the extra `train`")
     arguments = ["--tiny", "--work", str(tmp_path / "work"), "--reviews-csv", str(reviews_csv)]
@@ -70,6 +70,11 @@ def test_family_from_nothing(reviews_csv, tmp_path):
     stamp = (tmp_path / "work" / "base" / "model.safetensors").stat().st_mtime_ns
     assert cli.main(["family", *arguments]) == 0
     assert (tmp_path / "work" / "base" / "model.safetensors").stat().st_mtime_ns == stamp
+    # and is not taken for a family of another size or seed
+    assert family.main([each for each in arguments if each != "--tiny"]) == 2
+    assert "other settings (base_epochs, base_layers, block_size" in capsys.readouterr().err
+    assert cli.main(["family", *arguments, "--seed", "1"]) == 2
+    assert "other settings (seed)" in capsys.readouterr().err
 
 
 def test_unknown_stage_is_refused(reviews_csv, capsys):

@@ -59,8 +59,8 @@ def test_from_nothing(chat_model, tmp_path, monkeypatch, capsys) -> None:
     assert cli.main(arguments) == 0
     assert batches.read_text() == whole
 
-    settings = json.loads((tmp_path / "w" / "samples" / "settings.json").read_text())
-    raws = [record["prompt"] for record in settings["prompts"]]
+    settings = json.loads((tmp_path / "w" / "settings.json").read_text())
+    raws = [record["prompt"] for record in settings["prompts"]["samples"]]
     assert len(lines) == len(raws) == instruct.TINY.num_prompts
     assert first not in raws
     samples = read_jsonl(tmp_path / "w" / "samples" / "samples.jsonl", {"reward": float})
@@ -83,11 +83,16 @@ def test_from_nothing(chat_model, tmp_path, monkeypatch, capsys) -> None:
     stamp = (tmp_path / "w" / "tuned" / "model.safetensors").stat().st_mtime_ns
     assert cli.main(arguments) == 0
     assert (tmp_path / "w" / "tuned" / "model.safetensors").stat().st_mtime_ns == stamp
-    (tmp_path / "w" / "samples" / "metrics.json").unlink()
-    assert cli.main([*arguments, "--num-samples", "2"]) == 2
-    assert "other settings" in capsys.readouterr().err
-    assert cli.main([*arguments, "--seed", "1"]) == 2
-    assert "other settings" in capsys.readouterr().err
+    for changed, names in (
+        (["--num-samples", "2"], "num_samples"),
+        (["--seed", "1"], "prompts, seed"),
+        (["--model", "other"], "model"),
+    ):
+        assert cli.main([*arguments, *changed]) == 2
+        assert f"other settings ({names})" in capsys.readouterr().err
+    evaluation.write_text(json.dumps({"prompt": raws[0]}) + "\n")
+    assert cli.main(arguments) == 2
+    assert "other settings (prompts)" in capsys.readouterr().err
 
 
 def test_a_planted_prompt_of_the_evaluation_is_refused(monkeypatch, tmp_path) -> None:

@@ -182,7 +182,7 @@ def reviews_csv(tmp_path_factory):
     return path
 
 
-def test_family_from_nothing(reviews_csv, tmp_path, monkeypatch):
+def test_family_from_nothing(reviews_csv, tmp_path, monkeypatch, capsys):
     pytest.importorskip("trl", reason="needs the extra `train`")
     start, encoder = save_start(tmp_path / "start"), save_encoder(tmp_path / "encoder")
     arguments = ["--tiny", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
@@ -235,5 +235,7 @@ def test_family_from_nothing(reviews_csv, tmp_path, monkeypatch):
     (tmp_path / "work" / "data" / "metrics.json").unlink()
     monkeypatch.setattr(summary_family, "gists", lambda *_: pytest.fail("encoded again"))
     assert summary_family.main(arguments) == 0
-    with pytest.raises(InvalidParameterError, match="'bse'"):
-        summary_family.main([*arguments, "--stages", "bse"])
+    assert summary_family.main([*arguments, "--stages", "bse"]) == 2
+    assert "'bse'" in capsys.readouterr().err
+    assert summary_family.main([*arguments, "--seed", "1"]) == 2
+    assert "other settings (seed)" in capsys.readouterr().err
