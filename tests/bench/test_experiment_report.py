@@ -137,6 +137,14 @@ def test_an_order_that_fails_is_said(tmp_path: Path) -> None:
     assert "no interval above 0: cbs_implicit - base, ivg - eft." in text
 
 
+def test_ivg_at_another_weight_is_no_method_of_the_order(tmp_path: Path) -> None:
+    results = _results(tmp_path, MEANS)
+    (tmp_path / "more").mkdir()
+    more = _results(tmp_path / "more", {**MEANS, "ivg": MEANS["ivg"] + 1})["ivg"]
+    text = markdown(_summary({**results, "ivg_wide": more, "eft_wide": more}))
+    assert "no interval above 0: ivg - eft_wide." in text
+
+
 def test_times_of_a_loaded_machine_are_marked(tmp_path: Path) -> None:
     summary = _summary(_results(tmp_path, MEANS, load=1.6))
     text = markdown(summary)
