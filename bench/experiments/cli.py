@@ -130,12 +130,13 @@ def check_sizes(
 
 
 def with_given(family: Family, args: argparse.Namespace) -> Family:
-    """A preset's models, with those that were given in their place."""
-    given = {role: getattr(args, role) for role in ROLES if getattr(args, role)}
-    if not given and not args.gold:
+    """A preset's models, with those that were given in their place, which its name says."""
+    given = {name: getattr(args, name) for name in (*ROLES, "gold") if getattr(args, name)}
+    if not given:
         return family
-    models = {**family.models, **given}
-    return replace(family, models=models, gold=args.gold or family.gold)
+    name = f"{family.name} with another {', '.join(given)}"
+    gold = given.pop("gold", family.gold)
+    return replace(family, name=name, models={**family.models, **given}, gold=gold)
 
 
 def run(

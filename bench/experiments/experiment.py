@@ -258,7 +258,7 @@ class Experiment:
         summary = {
             "settings": {
                 "family": self.family.name,
-                "models": {} if self.family.is_local else dict(self.family.models),
+                "models": self.family.describe()["models"],
                 "num_prompts": s.num_prompts,
                 "num_dev_prompts": s.num_dev_prompts,
                 "seeds": list(s.seeds),

@@ -30,14 +30,12 @@ class Family:
         gold: an .npz of GoldReward, or a classifier of two labels (negative, positive).
         templates: prompt templates, or their names, by role; a role without one reads the raw
             prompt.
-        is_local: its folders are this machine's, results do not name them.
     """
 
     name: str
     models: Mapping[str, str]
     gold: str
     templates: Mapping[str, str | Template] = field(default_factory=dict)
-    is_local: bool = False
 
     def describe(self) -> dict[str, object]:
         """What of a family decides a response: weights and templates by role."""
@@ -57,7 +55,6 @@ def bundled() -> Family:
         "bundled",
         {role: str(folder / role) for role in ROLES},
         str(folder / "gold_reward.npz"),
-        is_local=True,
     )
 
 

@@ -73,7 +73,6 @@ def summary_family(folder: str | Path, encoder: str | None = None) -> Family:
         {role: str(folder / role) for role in ROLES},
         encoder or str(find_encoder()),
         dict.fromkeys(ROLES, "tldr-base"),
-        is_local=True,
     )
 
 

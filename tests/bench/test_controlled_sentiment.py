@@ -83,6 +83,11 @@ def responses(out: Path, summary: dict[str, Any]) -> dict[tuple[str, int], list[
 def test_every_method_is_reported(out: Path, summary: dict[str, Any]) -> None:
     assert list(summary["methods"])[:7] == METHODS
     report = (out / "report.md").read_text()
+    assert "models: paper, gpt2 with another base, tuned, untuned, value, gold." in report
+    models = summary["settings"]["models"]
+    assert list(models) == list(ROLES)
+    assert len({*models.values()}) == 4
+    assert not any("/" in each for each in models.values())  # contents, no folders
     for name in ("best of 16", "EFT", "ARGS-style", "CBS (implicit)", "CBS (explicit)", "| IVG |"):
         assert name in report
     for plot in ("reward_kl.png", "reward_time.png"):
