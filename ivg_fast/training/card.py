@@ -156,6 +156,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder")
     parser.add_argument("--results")
     args = parser.parse_args(argv)
+    for folder, file in ((args.folder, "metrics.json"), (args.results, "summary.json")):
+        if folder and not (Path(folder) / file).is_file():
+            parser.error(f"{folder} must be a folder with {file}")
     text = render(args.folder, args.results)
     (Path(args.folder) / "README.md").write_text(text, encoding="utf-8")
     return 0

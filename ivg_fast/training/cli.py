@@ -17,6 +17,7 @@ from ivg_fast.training.dpo import DPORecipe
 from ivg_fast.training.preferences import PreferenceConfig
 from ivg_fast.training.records import PAIR_COLUMNS, SAMPLE_COLUMNS, read_jsonl, read_texts
 from ivg_fast.training.sft import SFTConfig
+from ivg_fast.training.stages import INTERRUPTED
 from ivg_fast.training.value import ValueConfig
 
 _KINDS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
@@ -179,7 +180,10 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the recipe that `args` names; print its metrics as JSON. Exit status 2 on bad input."""
+    """Run the recipe that `args` names; print its metrics as JSON.
+
+    Exit status 2 on bad input, 130 where it was interrupted.
+    """
     if args.recipe == "sft" and not args.model and not (args.new and args.tokenizer):
         print("error: give --model, or --new LAYERS HIDDEN with --tokenizer", file=sys.stderr)
         return 2
@@ -188,6 +192,9 @@ def run(args: argparse.Namespace) -> int:
     except IVGError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(INTERRUPTED, file=sys.stderr)
+        return 130
     print(json.dumps(metrics, sort_keys=True))
     return 0
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every recipe shares: loading, run folders that resume, metrics, the Trainer's arguments."""
+"""What every recipe shares: loading, checks, metrics, the Trainer's arguments."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ivg_fast.errors import InvalidParameterError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -31,6 +31,10 @@ class RecipeConfig(Protocol):
     @property
     def epochs(self) -> float: ...
     @property
+    def weight_decay(self) -> float: ...
+    @property
+    def warmup_ratio(self) -> float: ...
+    @property
     def seed(self) -> int: ...
     @property
     def save_steps(self) -> int: ...
@@ -47,15 +51,62 @@ def check_config(config: RecipeConfig) -> None:
         value = getattr(config, name)
         if not 0 < value < float("inf"):
             raise InvalidParameterError(name, value, "must be positive and finite")
+    if not 0 <= config.weight_decay < float("inf"):
+        raise InvalidParameterError("weight_decay", config.weight_decay, "must be >= 0 and finite")
+    if not 0 <= config.warmup_ratio < 1:
+        raise InvalidParameterError("warmup_ratio", config.warmup_ratio, "must be in [0, 1)")
+    check_seed(config.seed)
     if config.save_dtype not in DTYPES:
         raise InvalidParameterError("save_dtype", config.save_dtype, f"must be one of {DTYPES}")
 
 
+def check_seed(seed: int) -> None:
+    """Raise InvalidParameterError for a seed that not every generator takes."""
+    if not 0 <= seed < 2**32:
+        raise InvalidParameterError("seed", seed, "must be in [0, 2**32)")
+
+
+def check_length(name: str, value: int) -> None:
+    """Raise InvalidParameterError where texts of `value` tokens have none that is predicted."""
+    if value < 2:
+        raise InvalidParameterError(name, value, "must be >= 2")
+
+
+def check_positions(name: str, num_tokens: int, model: PreTrainedModel) -> None:
+    """Raise InvalidParameterError where a text is longer than the model has positions for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and num_tokens > limit:
+        requirement = f"must keep texts within the model's {limit} positions"
+        raise InvalidParameterError(name, f"{num_tokens} tokens", requirement)
+
+
+def check_finite(model: torch.nn.Module, config: RecipeConfig) -> None:
+    """Raise InvalidParameterError where training has ended in weights that are no numbers."""
+    import torch
+
+    if not all(bool(torch.isfinite(weight).all()) for weight in model.parameters()):
+        requirement = "must be lower: the weights are no longer finite"
+        raise InvalidParameterError("learning_rate", config.learning_rate, requirement)
+
+
+def _not_loadable(parameter: str, path: str | Path, error: Exception) -> InvalidParameterError:
+    reason = str(error).strip().partition("\n")[0]
+    requirement = f"must be a folder, or a hub name within reach, that holds one ({reason})"
+    return InvalidParameterError(parameter, str(path), requirement)
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """A tokenizer from a local folder or hub name; it must have an EOS token."""
+    """A tokenizer from a local folder or hub name.
+
+    Raises:
+        InvalidParameterError: there is none, or it has no EOS token.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _not_loadable("tokenizer", path, error) from error
     check_tokenizer(tokenizer)
     return tokenizer
 
@@ -71,13 +122,28 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def load_model(path: str | Path) -> PreTrainedModel:
-    """A causal language model in float32, from safetensors only."""
+    """A causal language model in float32, from safetensors only.
+
+    Raises:
+        InvalidParameterError: there is none, or it lacks weights.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-    )
+    from ivg_fast.models.loading import check_complete
+
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loadable("model", path, error) from error
+    check_complete("model", str(path), loading)
+    return model
 
 
 def save_model(
@@ -88,32 +154,6 @@ def save_model(
 
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def open_run(recipe: str, config: Any, inputs: Mapping[str, Any]) -> Path:
-    """Create, or reopen for resuming, the run folder `config.output_dir`.
-
-    The first call records recipe, configuration and inputs in `run.json`. A later call with the
-    same ones resumes; with others it raises InvalidParameterError that names what differs.
-    """
-    folder = Path(config.output_dir)
-    record = {"recipe": recipe, **dataclasses.asdict(config), **inputs}
-    record = json.loads(json.dumps(record, default=str))
-    file = folder / "run.json"
-    if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        for key in sorted(before.keys() | record.keys()):
-            if before.get(key) != record.get(key):
-                raise InvalidParameterError(
-                    key,
-                    record.get(key),
-                    f"must be {before.get(key)!r} to resume the run in {folder} (or choose "
-                    "another output_dir)",
-                )
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    return folder
 
 
 def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,34 +214,3 @@ def trainer_arguments(config: RecipeConfig, folder: Path) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": not sys.stderr.isatty(),
     }
-
-
-def stopwatch(folder: Path) -> Any:
-    """A Trainer callback whose `minutes` counts the training time of all sessions of a run.
-
-    The time of an interrupted session counts up to its last checkpoint.
-    """
-    from transformers import TrainerCallback
-
-    file = folder / "checkpoints" / "seconds.txt"
-    before = float(file.read_text()) if file.exists() else 0.0
-
-    class Stopwatch(TrainerCallback):
-        start = time.monotonic()
-
-        @property
-        def minutes(self) -> float:
-            return (before + time.monotonic() - self.start) / 60
-
-        def on_save(self, *args: Any, **kwargs: Any) -> None:
-            file.write_text(f"{60 * self.minutes}\n")
-
-    return Stopwatch()
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest Trainer checkpoint of a run folder, if there is one."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    checkpoints = folder / "checkpoints"
-    return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ivg_fast.errors import InvalidParameterError
-from ivg_fast.training import common
+from ivg_fast.training import common, run_folder
 from ivg_fast.training.records import PAIR_COLUMNS, Record, check_records, flag_of, is_whole
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ class DPORecipe:
             raise InvalidParameterError("beta", self.beta, "must be positive and finite")
         if self.lora_rank < 0:
             raise InvalidParameterError("lora_rank", self.lora_rank, "must be >= 0")
-        if not 0 <= self.warmup_ratio < 1:
-            raise InvalidParameterError("warmup_ratio", self.warmup_ratio, "must be in [0, 1)")
+        common.check_length("max_length", self.max_length)
 
 
 def token_ids(
@@ -63,6 +62,22 @@ def token_ids(
     return ids
 
 
+def usable_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Record], config: DPORecipe
+) -> tuple[list[Record], int]:
+    """The pairs of which both responses have a token within `max_length`, and the most tokens that
+    a text of theirs has."""
+    kept, longest = [], 0
+    for pair in pairs:
+        ids = token_ids(tokenizer, pair, config.append_eos)
+        num_prompt = len(ids["prompt_ids"])
+        sizes = [len(ids[f"{side}_ids"]) for side in ("chosen", "rejected")]
+        if num_prompt < config.max_length and min(sizes) > 0:
+            kept.append(pair)
+            longest = max(longest, min(config.max_length, num_prompt + max(sizes)))
+    return kept, longest
+
+
 def train_dpo(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -79,18 +94,24 @@ def train_dpo(
 
     common.check_tokenizer(tokenizer)
     check_records(pairs, PAIR_COLUMNS, "pairs")
-    if len(pairs) < config.batch_size:
+    kept, longest = usable_pairs(tokenizer, pairs, config)
+    if len(kept) < config.batch_size:
         raise InvalidParameterError(
-            "batch_size", config.batch_size, f"must be <= {len(pairs)}, the number of pairs"
+            "batch_size",
+            config.batch_size,
+            f"must be <= {len(kept)}, the pairs of two responses, with tokens, whose prompt leaves "
+            "room in max_length",
         )
-    inputs = {"num_pairs": len(pairs), "model": model.name_or_path}
-    folder = common.open_run("dpo", config, inputs)
+    common.check_positions("max_length", longest, model)
+    inputs = {"data": pairs, "model": model.name_or_path}
+    folder = run_folder.open_run("dpo", config, inputs)
+    if (done := run_folder.finished(folder)) is not None:
+        return done
     rows = Dataset.from_list(
         [
             {name: pair[name] for name in PAIR_COLUMNS}
             | {flag_of(side): is_whole(pair, side) for side in ("chosen", "rejected")}
-            for pair in pairs
-            if config.append_eos or (pair["chosen"] and pair["rejected"])
+            for pair in kept
         ]
     )
     num_steps = int(len(rows) // config.batch_size * config.epochs)
@@ -122,11 +143,12 @@ def train_dpo(
     trainer.train_dataset = trainer.train_dataset.map(
         lambda pair: token_ids(tokenizer, pair, config.append_eos)
     )
-    watch = common.stopwatch(folder)
+    watch = run_folder.stopwatch(folder)
     trainer.add_callback(watch)
-    result = trainer.train(resume_from_checkpoint=common.last_checkpoint(folder))
+    result = trainer.train(resume_from_checkpoint=run_folder.last_checkpoint(folder))
     minutes = watch.minutes
     tuned = trainer.model.merge_and_unload() if config.lora_rank else trainer.model
+    common.check_finite(tuned, config)
     common.save_model(tuned, tokenizer, folder, config.save_dtype)
     logs = [log for log in trainer.state.log_history if "rewards/accuracies" in log]
     return common.write_metrics(

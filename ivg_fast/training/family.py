@@ -108,7 +108,9 @@ class Family(Stages):
         if not folder.exists():
             texts = (review.text for review in self.train)
             tokenizer = train_tokenizer(texts, self.size.vocab_size, self.size.block_size)
-            tokenizer.save_pretrained(folder)
+            part = folder.with_name("tokenizer.part")
+            tokenizer.save_pretrained(part)
+            part.replace(folder)
         return common.load_tokenizer(folder)
 
     def gold(self) -> GoldReward:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ivg_fast.errors import InvalidParameterError
-from ivg_fast.training import common
+from ivg_fast.training import common, run_folder
 from ivg_fast.training.records import (
     Record,
     TrainingDataError,
@@ -66,6 +66,11 @@ class PreferenceConfig:
             raise InvalidParameterError(
                 "temperature", self.temperature, "must be positive and finite"
             )
+        if self.top_k < 0:
+            raise InvalidParameterError("top_k", self.top_k, "must be >= 0, 0 for no limit")
+        if not 0 < self.top_p <= 1:
+            raise InvalidParameterError("top_p", self.top_p, "must be in (0, 1]")
+        common.check_seed(self.seed)
 
 
 def sample_responses(
@@ -155,6 +160,46 @@ def ranked_pairs(records: Sequence[Record], seed: int, min_reward_gap: float = 0
     return bradley_terry_pairs(ordered, seed, min_reward_gap)
 
 
+def name_of(reward: Reward) -> str:
+    """`module:name` of a function, or of the class of another callable."""
+    named = reward if hasattr(reward, "__qualname__") else type(reward)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def rewards_of(reward: Reward, texts: Sequence[str]) -> list[float]:
+    """The rewards of the texts.
+
+    Raises:
+        TrainingDataError: the callable raised, or returned something else than a finite number a
+            text.
+    """
+    name = name_of(reward)
+    try:
+        rewards = [float(value) for value in reward(texts)]
+    except Exception as error:
+        raise TrainingDataError(
+            f"reward {name} must return a number a text, got {type(error).__name__}: {error}"
+        ) from error
+    if len(rewards) != len(texts):
+        raise TrainingDataError(
+            f"reward {name} must return a number a text, got {len(rewards)} for {len(texts)} texts"
+        )
+    check_records([{"reward": each} for each in rewards], {"reward": float}, f"reward {name}")
+    return rewards
+
+
+def check_room(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    config: PreferenceConfig,
+    model: PreTrainedModel,
+) -> None:
+    """Raise InvalidParameterError where a prompt leaves no positions for a whole response."""
+    encoded = tokenizer(list(prompts), verbose=False)["input_ids"]
+    longest = max(map(len, encoded)) + config.max_new_tokens
+    common.check_positions("longest prompt + max_new_tokens", longest, model)
+
+
 def sample_preferences(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -172,8 +217,11 @@ def sample_preferences(
 
     common.check_tokenizer(tokenizer)
     check_records([{"prompt": p} for p in prompts], {"prompt": str}, "prompts")
-    inputs = {"num_prompts": len(prompts), "model": model.name_or_path}
-    folder = common.open_run("preferences", config, inputs)
+    check_room(tokenizer, prompts, config, model)
+    inputs = {"data": prompts, "reward": name_of(reward), "model": model.name_or_path}
+    folder = run_folder.open_run("preferences", config, inputs)
+    if (done := run_folder.finished(folder)) is not None:
+        return done
     jobs = [prompt for prompt in prompts for _ in range(config.num_samples)]
     file = folder / "batches.jsonl"
     batches: list[list[Record]] = whole_lines(file)
@@ -189,17 +237,12 @@ def sample_preferences(
             batch = jobs[starts[i] : starts[i] + config.batch_size]
             responses = sample_responses(model, tokenizer, batch, config, (config.seed << 20) + i)
             texts = [p + r for p, (r, _) in zip(batch, responses, strict=True)]
-            rewards = [float(value) for value in reward(texts)]
-            if len(rewards) != len(texts):
-                raise TrainingDataError(
-                    f"reward returned {len(rewards)} values for {len(texts)} texts"
-                )
+            rewards = rewards_of(reward, texts)
             records = [
                 {"prompt": p, "response": r, "reward": v, flag_of("response"): ended}
                 for p, (r, ended), v in zip(batch, responses, rewards, strict=True)
                 if r or ended
             ]
-            check_records(records, {"reward": float}, f"rewards of batch {i}")
             batches.append(records)
             handle.write(json.dumps(records, ensure_ascii=False) + "\n")
             handle.flush()

@@ -16,6 +16,8 @@ Record = dict[str, Any]
 
 SAMPLE_COLUMNS = {"prompt": str, "response": str, "reward": float}
 PAIR_COLUMNS = {"prompt": str, "chosen": str, "rejected": str}
+# Squared, it must stay within float32.
+MAX_REWARD = 1e15
 RESPONSES = ("response", "chosen", "rejected")
 
 
@@ -52,9 +54,14 @@ def check_records(
             value = record[name]
             if kind is float:
                 is_number = isinstance(value, int | float) and not isinstance(value, bool)
-                if not is_number or not math.isfinite(value):
+                if not is_number or value != value or abs(value) == math.inf:
                     raise TrainingDataError(
                         f"{source}, record {number}: {name} must be a finite number, got {value!r}"
+                    )
+                if abs(value) > MAX_REWARD:
+                    raise TrainingDataError(
+                        f"{source}, record {number}: {name} must be at most {MAX_REWARD:g} in "
+                        f"size, got {value!r}"
                     )
             elif not isinstance(value, kind):
                 raise TrainingDataError(
@@ -75,12 +82,14 @@ def read_jsonl(path: str | Path, columns: Mapping[str, type]) -> list[Record]:
     if not file.is_file():
         raise TrainingDataError(f"no such file: {file}")
     records = []
-    with file.open(encoding="utf-8") as handle:
+    with file.open("rb") as handle:
         for number, line in enumerate(handle, 1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise TrainingDataError(f"{file}, line {number}: not UTF-8 ({error})") from error
             except json.JSONDecodeError as error:
                 raise TrainingDataError(f"{file}, line {number}: not JSON ({error})") from error
             if not isinstance(record, dict):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ivg_fast.errors import InvalidParameterError
-from ivg_fast.training import common
+from ivg_fast.training import common, run_folder
 from ivg_fast.training.records import Record, check_records
 from ivg_fast.training.sft import SFTConfig, fit
 from ivg_fast.training.value import collate, encode
@@ -91,8 +91,11 @@ def train_responses(
             config.batch_size,
             f"must be <= {len(rows)}, the records whose prompt leaves room in block_size",
         )
-    inputs = {"num_records": len(records), "model": model.name_or_path}
-    folder = common.open_run("sft-responses", config, inputs)
+    common.check_positions("block_size", max(len(ids) for ids, _ in rows), model)
+    inputs = {"data": records, "eval_data": eval_records, "model": model.name_or_path}
+    folder = run_folder.open_run("sft-responses", config, inputs)
+    if (done := run_folder.finished(folder)) is not None:
+        return done
     num_steps = int(len(rows) // config.batch_size * config.epochs)
     metrics = fit(
         model,

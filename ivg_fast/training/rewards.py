@@ -98,14 +98,16 @@ class GoldReward:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write an .npz of plain arrays; coefficients and idf in float16."""
+        """Write an .npz of plain arrays, whole or not at all; coefficients and idf in float16."""
+        part = Path(path).with_suffix(".part.npz")
         np.savez_compressed(
-            path,
+            part,
             terms=np.frombuffer("\n".join(self._index).encode("utf-8"), np.uint8),
             idf=self._idf.astype(np.float16),
             coefficients=self._coefficients.astype(np.float16),
             intercept=np.float64(self._intercept),
         )
+        part.replace(path)
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> GoldReward:

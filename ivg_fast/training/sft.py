@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivg_fast.errors import InvalidParameterError
-from ivg_fast.training import common
+from ivg_fast.training import common, run_folder
 from ivg_fast.training.packing import pack
 
 if TYPE_CHECKING:
@@ -49,9 +49,11 @@ class SFTConfig:
             raise InvalidParameterError("optimizer", self.optimizer, f"must be one of {OPTIMIZERS}")
         if self.schedule not in SCHEDULES:
             raise InvalidParameterError("schedule", self.schedule, f"must be one of {SCHEDULES}")
-        for name in ("warmup_ratio", "decay_ratio"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InvalidParameterError(name, getattr(self, name), "must be in [0, 1)")
+        common.check_length("block_size", self.block_size)
+        held = 1 - self.warmup_ratio if self.schedule == "wsd" else 1
+        if not 0 <= self.decay_ratio < held:
+            requirement = f"must be in [0, {held:g}), beside warmup_ratio"
+            raise InvalidParameterError("decay_ratio", self.decay_ratio, requirement)
 
 
 def new_gpt2(
@@ -133,7 +135,7 @@ def train_sft(
     common.check_tokenizer(tokenizer)
     if not texts:
         raise InvalidParameterError("texts", texts, "must not be empty")
-    folder = common.open_run("sft", config, {"num_texts": len(texts), "model": model.name_or_path})
+    common.check_positions("block_size", config.block_size, model)
     documents = tokenizer(list(texts), verbose=False)["input_ids"]
     rows = pack(
         documents, config.block_size, tokenizer.eos_token_id, config.seed, math.ceil(config.epochs)
@@ -141,8 +143,14 @@ def train_sft(
     rows = rows[: max(config.batch_size, int(len(rows) * config.epochs / math.ceil(config.epochs)))]
     if len(rows) < config.batch_size:
         raise InvalidParameterError(
-            "batch_size", config.batch_size, f"must be <= {len(rows)}, the rows that the texts fill"
+            "batch_size",
+            config.batch_size,
+            f"must be <= {len(rows)}, the rows of block_size tokens that the texts fill",
         )
+    inputs = {"data": texts, "eval_data": eval_texts, "model": model.name_or_path}
+    folder = run_folder.open_run("sft", config, inputs)
+    if (metrics := run_folder.finished(folder)) is not None:
+        return metrics
 
     class Rows(Dataset):
         def __len__(self) -> int:
@@ -204,11 +212,12 @@ def fit(
         data_collator=data_collator,
         optimizers=(optimizer, None),
     )
-    watch = common.stopwatch(folder)
+    watch = run_folder.stopwatch(folder)
     trainer.add_callback(watch)
-    result = trainer.train(resume_from_checkpoint=common.last_checkpoint(folder))
+    result = trainer.train(resume_from_checkpoint=run_folder.last_checkpoint(folder))
     minutes = watch.minutes
     model.config.use_cache = True
+    common.check_finite(model, config)
     common.save_model(model, tokenizer, folder, config.save_dtype)
     return {
         "train_loss": result.training_loss,

@@ -17,6 +17,8 @@ from ivg_fast.training.common import write_whole
 
 logger = logging.getLogger("ivg_fast")
 
+INTERRUPTED = "interrupted: the same command goes on where this one stopped"
+
 
 class Stages:
     """Stages in folders of their own under `work`; one that has metrics.json is done.
@@ -58,8 +60,12 @@ class Stages:
                     f"was begun with other settings ({', '.join(changed)}): choose another folder, "
                     "or remove its settings.json and the stages that they change",
                 )
-        self.work.mkdir(parents=True, exist_ok=True)
-        write_whole(file, text)
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            write_whole(file, text)
+        except OSError as error:
+            requirement = f"must be a folder that can be written ({error.strerror})"
+            raise InvalidParameterError("work", str(self.work), requirement) from error
 
     def is_done(self, stage: str) -> bool:
         return (self.work / stage / "metrics.json").exists()
@@ -94,12 +100,18 @@ def stages_main(
     run: Callable[[argparse.Namespace], dict[str, Any]],
     argv: Sequence[str] | None,
 ) -> int:
-    """A recipe's command: its report as JSON; exit status 2 and a line on bad input."""
+    """A recipe's command: prints its report as JSON.
+
+    A line and exit status 2 on bad input, 130 where it was interrupted.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
         report = run(parser.parse_args(argv))
     except IVGError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(INTERRUPTED, file=sys.stderr)
+        return 130
     print(json.dumps(report, sort_keys=True))
     return 0

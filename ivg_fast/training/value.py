@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ivg_fast.errors import InvalidParameterError
-from ivg_fast.training import common
+from ivg_fast.training import common, run_folder
 from ivg_fast.training.records import SAMPLE_COLUMNS, Record, check_records, is_whole
 from ivg_fast.training.value_model import PrefixValueModel
 
@@ -54,8 +54,7 @@ class ValueConfig:
         common.check_config(self)
         if self.objective not in OBJECTIVES:
             raise InvalidParameterError("objective", self.objective, f"must be one of {OBJECTIVES}")
-        if not 0 <= self.warmup_ratio < 1:
-            raise InvalidParameterError("warmup_ratio", self.warmup_ratio, "must be in [0, 1)")
+        common.check_length("max_length", self.max_length)
 
 
 def prefix_loss(
@@ -187,8 +186,11 @@ def train_value(
         )
     if not config.train_backbone:
         model.backbone.requires_grad_(False)
-    inputs = {"num_samples": len(samples), "model": model.backbone.name_or_path, "head": model.head}
-    folder = common.open_run("value", config, inputs)
+    common.check_positions("max_length", max(len(ids) for ids, *_ in rows), model.backbone)
+    inputs = {"data": samples, "model": model.backbone.name_or_path, "head": model.head}
+    folder = run_folder.open_run("value", config, inputs)
+    if (done := run_folder.finished(folder)) is not None:
+        return done
     num_steps = int(len(rows) // config.batch_size * config.epochs)
     arguments = common.trainer_arguments(config, folder)
     arguments |= {
@@ -205,10 +207,11 @@ def train_value(
         train_dataset=data,
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
     )
-    watch = common.stopwatch(folder)
+    watch = run_folder.stopwatch(folder)
     trainer.add_callback(watch)
-    result = trainer.train(resume_from_checkpoint=common.last_checkpoint(folder))
+    result = trainer.train(resume_from_checkpoint=run_folder.last_checkpoint(folder))
     minutes = watch.minutes
+    common.check_finite(model, config)
     model.save(folder, tokenizer, config.save_dtype)
     return common.write_metrics(
         folder,

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 from ivg_fast.errors import InvalidParameterError
-from ivg_fast.training import common
+from ivg_fast.training import common, run_folder
 from ivg_fast.training.dpo import DPORecipe, token_ids, train_dpo
 from ivg_fast.training.evaluate import (
     implicit_values,
@@ -66,7 +66,7 @@ def test_interrupted_run_resumes_to_the_same_weights(
     monkeypatch.setattr(transformers.Trainer, "training_step", failing)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", *data)
-    assert common.last_checkpoint(tmp_path / "cut").endswith("checkpoint-5")
+    assert run_folder.last_checkpoint(tmp_path / "cut").endswith("checkpoint-5")
     before = len(steps)
     run(tmp_path / "cut", *data)
     whole = load_file(tmp_path / "whole" / "model.safetensors")

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.training import cli
@@ -63,6 +66,42 @@ def test_bad_files_are_one_line_and_status_2(recipe, line, message, model_folder
     assert error.startswith("error: ")
     assert message in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("recipe", ["sft", "preferences", "dpo", "value"])
+def test_models_that_cannot_be_read(recipe, model_folder, tmp_path, capsys):
+    record = {"prompt": "a", "response": " b", "chosen": " b", "rejected": " c", "reward": 1.0}
+    write_jsonl(tmp_path / "data.jsonl", [record] * 4)
+    data = "--prompts" if recipe == "preferences" else "--data"
+    shutil.copytree(model_folder, tmp_path / "bin")
+    (tmp_path / "bin" / "model.safetensors").rename(tmp_path / "bin" / "pytorch_model.bin")
+    shutil.copytree(model_folder, tmp_path / "lacking")
+    weights = load_file(model_folder / "model.safetensors")
+    weights.pop("transformer.ln_f.weight")
+    save_file(weights, tmp_path / "lacking" / "model.safetensors", metadata={"format": "pt"})
+    for name, message in (
+        ("nowhere", f"must be a folder, or a hub name within reach.*{tmp_path}/nowhere"),
+        ("bin", "model must be a folder, .*model.safetensors"),
+        ("lacking", "model must hold every weight .no transformer.ln_f.weight"),
+    ):
+        arguments = ["--model", str(tmp_path / name), data, str(tmp_path / "data.jsonl")]
+        assert cli.main([recipe, *arguments, "--output", str(tmp_path / "run")]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert re.search(f"^error: .*{message}", error), error
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interruption_is_said_in_a_line(model_folder, tmp_path, capsys, monkeypatch):
+    write_jsonl(tmp_path / "texts.jsonl", [{"text": "the film was great " * 20}] * 8)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.Trainer.training_step", interrupted)
+    words = ["sft", "--model", str(model_folder), "--data", str(tmp_path / "texts.jsonl")]
+    words += ["--output", str(tmp_path / "run"), "--block-size", "32", "--batch-size", "4"]
+    assert cli.main(words) == 130
+    assert "goes on where this one stopped" in capsys.readouterr().err
 
 
 def test_sft_needs_a_model_or_a_size(tmp_path, capsys):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ivg_fast.errors import InvalidParameterError
-from ivg_fast.training import common
+from ivg_fast.training import run_folder
 from ivg_fast.training.evaluate import final_values
 from ivg_fast.training.records import TrainingDataError
 from ivg_fast.training.sft import new_gpt2
@@ -179,7 +179,7 @@ def test_bad_input_stops_before_training(tokenizer, model_folder, samples, tmp_p
         PrefixValueModel.load(model_folder)
     with pytest.raises(InvalidParameterError, match="save_dtype"):
         ValueConfig("x", save_dtype="int8")
-    assert common.last_checkpoint(tmp_path) is None
+    assert run_folder.last_checkpoint(tmp_path) is None
 
 
 def test_kept_hidden_states_are_the_trunks(tokenizer):
