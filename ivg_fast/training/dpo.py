@@ -103,7 +103,7 @@ def train_dpo(
             "room in max_length",
         )
     common.check_positions("max_length", longest, model)
-    inputs = {"data": pairs, "model": model.name_or_path}
+    inputs = {"data": pairs, **run_folder.described(model)}
     folder = run_folder.open_run("dpo", config, inputs)
     if (done := run_folder.finished(folder)) is not None:
         return done

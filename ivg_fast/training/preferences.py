@@ -218,7 +218,7 @@ def sample_preferences(
     common.check_tokenizer(tokenizer)
     check_records([{"prompt": p} for p in prompts], {"prompt": str}, "prompts")
     check_room(tokenizer, prompts, config, model)
-    inputs = {"data": prompts, "reward": name_of(reward), "model": model.name_or_path}
+    inputs = {"data": prompts, "reward": name_of(reward), **run_folder.described(model)}
     folder = run_folder.open_run("preferences", config, inputs)
     if (done := run_folder.finished(folder)) is not None:
         return done

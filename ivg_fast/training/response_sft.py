@@ -92,7 +92,7 @@ def train_responses(
             f"must be <= {len(rows)}, the records whose prompt leaves room in block_size",
         )
     common.check_positions("block_size", max(len(ids) for ids, _ in rows), model)
-    inputs = {"data": records, "eval_data": eval_records, "model": model.name_or_path}
+    inputs = {"data": records, "eval_data": eval_records, **run_folder.described(model)}
     folder = run_folder.open_run("sft-responses", config, inputs)
     if (done := run_folder.finished(folder)) is not None:
         return done

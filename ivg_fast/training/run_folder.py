@@ -9,10 +9,13 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.training.common import write_whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def digest(records: Sequence[Any]) -> str:
@@ -21,6 +24,19 @@ def digest(records: Sequence[Any]) -> str:
     for record in records:
         found.update(json.dumps(record, sort_keys=True, default=str).encode() + b"\n")
     return found.hexdigest()[:16]
+
+
+def described(model: PreTrainedModel) -> dict[str, str]:
+    """Where the model of a run is from, and a digest of some of each of its weights.
+
+    Training moves nearly all weights, so that some tell other weights at the same path.
+    """
+    found = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        step = max(1, weight.numel() // 64)
+        some = weight.detach().flatten()[::step].float().cpu().numpy()
+        found.update(f"{name} {tuple(weight.shape)}".encode() + some.tobytes())
+    return {"model": str(model.name_or_path), "weights": found.hexdigest()[:16]}
 
 
 def open_run(recipe: str, config: Any, inputs: Mapping[str, str | Sequence[Any]]) -> Path:

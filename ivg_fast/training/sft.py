@@ -147,7 +147,7 @@ def train_sft(
             config.batch_size,
             f"must be <= {len(rows)}, the rows of block_size tokens that the texts fill",
         )
-    inputs = {"data": texts, "eval_data": eval_texts, "model": model.name_or_path}
+    inputs = {"data": texts, "eval_data": eval_texts, **run_folder.described(model)}
     folder = run_folder.open_run("sft", config, inputs)
     if (metrics := run_folder.finished(folder)) is not None:
         return metrics

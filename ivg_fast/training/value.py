@@ -187,7 +187,7 @@ def train_value(
     if not config.train_backbone:
         model.backbone.requires_grad_(False)
     common.check_positions("max_length", max(len(ids) for ids, *_ in rows), model.backbone)
-    inputs = {"data": samples, "model": model.backbone.name_or_path, "head": model.head}
+    inputs = {"data": samples, "head": model.head, **run_folder.described(model.backbone)}
     folder = run_folder.open_run("value", config, inputs)
     if (done := run_folder.finished(folder)) is not None:
         return done

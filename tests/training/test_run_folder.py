@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ivg_fast.errors import InvalidParameterError
 from ivg_fast.training import common, preferences, run_folder
@@ -83,6 +83,24 @@ def test_a_finished_run_is_not_run_again_and_other_data_is_refused(
     data.pairs = [{**pair, "chosen": pair["rejected"]} for pair in data.pairs]
     data.samples = [{**sample, "reward": -sample["reward"]} for sample in data.samples]
     with pytest.raises(InvalidParameterError, match=r"data must be '\w+' to resume the run in"):
+        getattr(data, recipe)(tmp_path / "run")
+
+
+@pytest.mark.parametrize("recipe", ["sft", "dpo", "value", "preferences"])
+def test_other_weights_at_the_same_path_are_another_run(recipe, data, tmp_path):
+    """Those of a step of training: nearly all move, by little."""
+    if recipe == "dpo":
+        pytest.importorskip("trl", reason="needs the extra `train`")
+    copy = tmp_path / "model"
+    shutil.copytree(data.model_folder, copy)
+    data.model_folder = copy
+    getattr(data, recipe)(tmp_path / "run")
+    weights = load_file(copy / "model.safetensors")
+    torch.manual_seed(0)
+    for name, tensor in weights.items():
+        weights[name] = tensor + 1e-5 * torch.randn_like(tensor)
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InvalidParameterError, match=r"weights must be '\w+' to resume the run in"):
         getattr(data, recipe)(tmp_path / "run")
 
 
