@@ -6,18 +6,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ivg_fast.errors import InvalidParameterError, IVGError
+from ivg_fast.errors import InvalidParameterError
 from ivg_fast.training import common
 from ivg_fast.training.dpo import DPORecipe
 from ivg_fast.training.preferences import PreferenceConfig
 from ivg_fast.training.records import PAIR_COLUMNS, SAMPLE_COLUMNS, read_jsonl, read_texts
 from ivg_fast.training.sft import SFTConfig
-from ivg_fast.training.stages import INTERRUPTED
+from ivg_fast.training.stages import reported
 from ivg_fast.training.value import ValueConfig
 
 _KINDS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
@@ -180,23 +179,11 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the recipe that `args` names; print its metrics as JSON.
-
-    Exit status 2 on bad input, 130 where it was interrupted.
-    """
+    """Run the recipe that `args` names; the exit status of `reported`."""
     if args.recipe == "sft" and not args.model and not (args.new and args.tokenizer):
         print("error: give --model, or --new LAYERS HIDDEN with --tokenizer", file=sys.stderr)
         return 2
-    try:
-        metrics = args.run(args)
-    except IVGError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
-        return 130
-    print(json.dumps(metrics, sort_keys=True))
-    return 0
+    return reported(lambda: args.run(args))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -176,7 +176,7 @@ def rewards_of(reward: Reward, texts: Sequence[str]) -> list[float]:
     name = name_of(reward)
     try:
         rewards = [float(value) for value in reward(texts)]
-    except Exception as error:
+    except Exception as error:  # the user's own code: whatever it raises
         raise TrainingDataError(
             f"reward {name} must return a number a text, got {type(error).__name__}: {error}"
         ) from error

@@ -17,8 +17,6 @@ from ivg_fast.training.common import write_whole
 
 logger = logging.getLogger("ivg_fast")
 
-INTERRUPTED = "interrupted: the same command goes on where this one stopped"
-
 
 class Stages:
     """Stages in folders of their own under `work`; one that has metrics.json is done.
@@ -95,23 +93,28 @@ def chosen_stages(given: str, known: Sequence[str]) -> list[str]:
     return stages
 
 
+def reported(run: Callable[[], dict[str, Any]]) -> int:
+    """Runs a recipe for the command line: prints its metrics as JSON.
+
+    A line and exit status 2 on bad input, 130 where it was interrupted.
+    """
+    try:
+        metrics = run()
+    except IVGError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
+        return 130
+    print(json.dumps(metrics, sort_keys=True))
+    return 0
+
+
 def stages_main(
     parser: argparse.ArgumentParser,
     run: Callable[[argparse.Namespace], dict[str, Any]],
     argv: Sequence[str] | None,
 ) -> int:
-    """A recipe's command: prints its report as JSON.
-
-    A line and exit status 2 on bad input, 130 where it was interrupted.
-    """
+    """A recipe's command, with its log; the exit status of `reported`."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    try:
-        report = run(parser.parse_args(argv))
-    except IVGError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
-        return 130
-    print(json.dumps(report, sort_keys=True))
-    return 0
+    return reported(lambda: run(parser.parse_args(argv)))

@@ -176,6 +176,14 @@ def test_gains_at_equal_kl() -> None:
     assert found == pytest.approx({0.5: 8 - (1 + 6 * 15 / 20), 1.0: 0.0})
 
 
+def test_the_card_of_no_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([str(tmp_path)], [str(imdb_path()), "--results", str(tmp_path)]):
+        with pytest.raises(SystemExit) as ended:
+            card.main(words)
+        assert ended.value.code == 2
+        assert f"{tmp_path} must be a folder with" in capsys.readouterr().err
+
+
 def test_the_card_reads_the_results(tmp_path: Path) -> None:
     summary = _summary(_results(tmp_path, MEANS))
     (tmp_path / "summary.json").write_text(json.dumps(summary))

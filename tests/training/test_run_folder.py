@@ -17,6 +17,7 @@ from ivg_fast.training.dpo import DPORecipe, train_dpo
 from ivg_fast.training.preferences import PreferenceConfig, sample_preferences
 from ivg_fast.training.records import TrainingDataError, read_jsonl
 from ivg_fast.training.sft import SFTConfig, train_sft
+from ivg_fast.training.stages import Stages
 from ivg_fast.training.value import ValueConfig, train_value
 from ivg_fast.training.value_model import value_model_from
 
@@ -179,6 +180,8 @@ def test_folders_that_no_run_can_have(data, tmp_path):
     (tmp_path / "torn" / "run.json").write_text("{")
     with pytest.raises(InvalidParameterError, match="output_dir must hold no run"):
         data.sft(tmp_path / "torn")
+    with pytest.raises(InvalidParameterError, match="work must be a folder that can be written"):
+        Stages(tmp_path / "file" / "below", {}).build([])
 
 
 def test_pairs_without_room_are_left_out_and_not_counted(data, tmp_path):
@@ -190,6 +193,34 @@ def test_pairs_without_room_are_left_out_and_not_counted(data, tmp_path):
     assert (metrics["num_pairs"], metrics["num_steps"]) == (8, 2)
     with pytest.raises(InvalidParameterError, match="batch_size must be <= 0, the pairs"):
         train_dpo(data.model(), data.tokenizer, [long] * 4, config)
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value"),
+    [
+        *((kind, "seed", -1) for kind in (SFTConfig, DPORecipe, ValueConfig, PreferenceConfig)),
+        *((kind, "seed", 2**32) for kind in (SFTConfig, PreferenceConfig)),
+        *((kind, "weight_decay", -1.0) for kind in (SFTConfig, DPORecipe, ValueConfig)),
+        *((kind, "warmup_ratio", 1.0) for kind in (SFTConfig, DPORecipe, ValueConfig)),
+        (SFTConfig, "block_size", 1),
+        (DPORecipe, "max_length", 1),
+        (ValueConfig, "max_length", -3),
+        (PreferenceConfig, "top_k", -1),
+        (PreferenceConfig, "top_p", 0.0),
+        (PreferenceConfig, "top_p", 2.0),
+    ],
+)
+def test_settings_that_no_run_can_have(config, name, value):
+    with pytest.raises(InvalidParameterError, match=f"^{name} must be") as caught:
+        config("unused", **{name: value})
+    assert caught.value.value == value
+    config("unused")  # control: as it is otherwise
+
+
+def test_warmup_and_decay_share_the_steps():
+    SFTConfig("unused", schedule="wsd", warmup_ratio=0.5, decay_ratio=0.4)
+    with pytest.raises(InvalidParameterError, match=r"decay_ratio must be in \[0, 0.5\)"):
+        SFTConfig("unused", schedule="wsd", warmup_ratio=0.5, decay_ratio=0.6)
 
 
 def test_texts_beyond_the_models_positions(data, tmp_path):
